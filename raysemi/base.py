@@ -1,0 +1,32 @@
+"""The base of every component's config, and how a hyper-parameter states its unit and its search range."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Config(BaseModel):
+    """A frozen part of the config tree: unknown keys are refused, the string under a field is its description."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+def search(low: float, high: float, *, log: bool = False, unit: str = "") -> dict[str, Any]:
+    """Search range of a number, for `Field(json_schema_extra=search(...))`: what `raysemi tune` draws from.
+
+    Args:
+        low, high: ends of the range, both included.
+        log: draw uniformly in the logarithm.
+        unit: unit of the value, for tables.
+    """
+    return {"search": {"low": low, "high": high, "log": log}, "unit": unit}
+
+
+def choices(values: Sequence[Any], *, unit: str = "") -> dict[str, Any]:
+    """Search range of a setting with few values."""
+    return {"search": {"choices": list(values)}, "unit": unit}

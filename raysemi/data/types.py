@@ -1,0 +1,64 @@
+"""What travels from the stream to a method.
+
+Axes: L labeled, U unlabeled images of this rank, V strong views, H x W pixels of the crop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class HostBatch:
+    """One rank's share of one step as a loader process makes it: bytes and drawn parameters, on the CPU."""
+
+    step: int
+    image_L3HW: Tensor
+    """uint8 RGB, weak view of the labeled images; padding is 0."""
+    label_LHW: Tensor
+    """uint8 class index; 255 where not annotated or padded."""
+    slots_L: Tensor
+    """int64 global slot of each labeled image."""
+    keys_L: tuple[str, ...]
+    weak_U3HW: Tensor
+    """uint8 RGB, weak view of the unlabeled images; U may be 0."""
+    valid_UHW: Tensor
+    """bool, False where the view is padding."""
+    slots_U: Tensor
+    """int64 global slot of each unlabeled image."""
+    keys_U: tuple[str, ...]
+    boxes_VU4: Tensor
+    """int64 CutMix box (left, top, right, bottom), half open, of each strong view; all 0 = no box."""
+    photometric_VUP: Tensor
+    """float32 drawn photometric parameters of each strong view (`ops.photometric` names the columns)."""
+    second_weak_U3HW: Tensor | None = None
+    """uint8: another random view of the same images, for methods that mix with it; None unless asked for."""
+    second_valid_UHW: Tensor | None = None
+    second_photometric_UP: Tensor | None = None
+    truth_UHW: Tensor | None = None
+    """uint8 labels of the unlabeled images, for measuring alone; a training stream never has them."""
+
+
+@dataclass(frozen=True)
+class SemiBatch:
+    """One rank's share of one step on its device, as a method sees it. Images are float32 RGB in [0, 1]."""
+
+    image_L3HW: Tensor
+    label_LHW: Tensor
+    """int64 class index; 255 where not annotated or padded."""
+    slots_L: Tensor
+    weak_U3HW: Tensor
+    valid_UHW: Tensor
+    """bool, False where the weak and strong views are padding."""
+    slots_U: Tensor
+    strong_VU3HW: Tensor
+    """Strong views, not mixed yet; all views of an image share its geometry."""
+    boxes_VU4: Tensor
+    """int64 CutMix box (left, top, right, bottom), half open; all 0 = no box. Partners are slots 2j and 2j + 1."""
+    second_weak_U3HW: Tensor | None = None
+    second_strong_U3HW: Tensor | None = None
+    second_valid_UHW: Tensor | None = None
+    """Another random geometry of the same images (weak, strong, valid): the mix source of `cutmix.partner:
+    second_view | momentum_view`; None otherwise."""

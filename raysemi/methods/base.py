@@ -1,0 +1,124 @@
+"""What a method is, and what it may ask for. A method sees tensors and networks; no rank, no file, no Ray.
+
+Axes: B images of this rank, K classes, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from raysemi.base import Config, choices, search
+from raysemi.data.types import SemiBatch
+from raysemi.models.segmentor import Segmentor
+from raysemi.ops import draws
+from raysemi.ops.losses import Objective
+
+
+class AcrossRanks(Protocol):
+    """Sums and maxima over all ranks; the same on every rank, without gradient."""
+
+    rank: int
+    world: int
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum over ranks, same shape and dtype."""
+        ...
+
+    def max(self, value: Tensor) -> Tensor:
+        """Maximum over ranks, same shape and dtype."""
+        ...
+
+
+class SingleRank:
+    """One process: the identity."""
+
+    rank = 0
+    world = 1
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The value itself."""
+        return value
+
+    def max(self, value: Tensor) -> Tensor:
+        """The value itself."""
+        return value
+
+
+class Average(Config):
+    """How the averaged copy of the student is made: the teacher, or the network that is evaluated."""
+
+    kind: Literal["none", "ema", "period"] = Field("none", json_schema_extra=choices(["none", "ema", "period"]))
+    """none: the student itself. ema: t <- d t + (1-d) s each step, d = min(1 - 1/(i+1), decay), i from 0.
+    period: t <- ratio t + (1-ratio) s once every `train.period` steps (DerProp's momentum network)."""
+    decay: float = Field(0.996, ge=0.0, lt=1.0, json_schema_extra=choices([0.99, 0.996, 0.999, 0.9996]))
+    """Largest decay of `ema`, per step."""
+    ratio: float = Field(0.5, gt=0.0, lt=1.0, json_schema_extra=search(0.3, 0.9))
+    """Share that the averaged copy keeps at each update of `period`."""
+    at: Literal["end", "start"] = "end"
+    """When `period` updates: at the end of each period, or (the reference) at the start of the next: copied at the
+    first step, averaged from the second period on."""
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What a method may use in one step."""
+
+    student: Segmentor
+    teacher: Segmentor | None
+    """The averaged copy, in eval mode; None when the method has none. Before its first update it equals the
+    student's first weights."""
+    step: int
+    """Global step, from 0."""
+    steps: int
+    """Steps of the whole run (`train.steps`)."""
+    period: int
+    """What stands for the papers' epoch, in steps (`train.period`)."""
+    seed: int
+    across: AcrossRanks
+    listener: Callable[[str, Tensor], None] | None = None
+
+    def observe(self, name: str, value: Tensor) -> None:
+        """Hands a per-pixel map or a scalar to whoever records; free when nobody listens."""
+        if self.listener is not None:
+            self.listener(name, value.detach())
+
+    def uniform(self, slots_B: Tensor, name: str, count: int) -> Tensor:
+        """Numbers in [0, 1) of (seed, step, slot, name): float32 [B, count] on the device of `slots_B`."""
+        return draws.uniform(self.seed, self.step, slots_B, name, count)
+
+    def keep(self, slots_B: Tensor, name: str, channels: int, drop: float) -> Tensor:
+        """Dropout factors of whole channels, [B, channels]: 0 with probability `drop`, else 1 / (1 - drop)."""
+        return (self.uniform(slots_B, name, channels) >= drop).to(torch.float32) / (1.0 - drop)
+
+
+@runtime_checkable
+class Method(Protocol):
+    """A semi-supervised method; implemented by an `nn.Module`, so that its buffers are saved like any other.
+
+    A class is built as `Class(config, num_classes)`.
+    """
+
+    average: Average
+    """How the averaged copy is kept."""
+    strong_views: int
+    """Strong views of each unlabeled image; 0 = the method does not use unlabeled images."""
+    second_view: bool
+    """True when the method needs a second random geometry of each unlabeled image."""
+
+    def heads(self, low_channels: int, high_channels: int) -> dict[str, nn.Module]:
+        """Extra heads that the student needs, by name; `context.student.heads[name]` in a step."""
+        ...
+
+    def objectives(self, batch: SemiBatch, context: StepContext) -> dict[str, Objective]:
+        """The terms of the loss, by name, on this rank's share. Never calls backward."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Buffers (thresholds, memories), as any module's."""
+        ...
