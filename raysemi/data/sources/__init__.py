@@ -1,0 +1,152 @@
+"""Where images and masks come from: one source, one file; `pack` turns any of them into pools.
+
+A source is small and picklable: it is sent to every process of `pack`, and `image_bytes` and `mask` run there.
+What belongs to one image travels in its `Item`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raysemi.errors import ConfigError, DataError
+
+Part = Literal["train", "val"]
+Palette = tuple[tuple[int, int, int], ...]
+
+SOURCES = {
+    "folder": "raysemi.data.sources.folder:Folder",
+    "voc": "raysemi.data.sources.voc:Voc",
+    "cityscapes": "raysemi.data.sources.cityscapes:Cityscapes",
+    "coco": "raysemi.data.sources.coco:Coco",
+    "scenes": "raysemi.data.sources.scenes:Scenes",
+}
+"""Name on the command line -> where the class is; adding a source adds one line."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image of a source.
+
+    Args:
+        key: unique name within the source; what split lists hold. May contain `/`.
+        has_mask: whether `Source.mask` can give a mask, known without opening it.
+        image: file of the image; None when the source makes the image itself.
+        mask: file of the mask; None when there is none or the source makes it.
+        note: whatever the source needs to make this image or mask (annotations, a seed); must be picklable.
+    """
+
+    key: str
+    has_mask: bool
+    image: Path | None = None
+    mask: Path | None = None
+    note: Any = None
+
+
+class Source(Protocol):
+    """A data set that `pack` can read. `root` is None for a source that makes its images."""
+
+    root: Path | None
+    classes: tuple[str, ...]
+    """Class names; a mask holds positions in this tuple."""
+    palette: Palette
+    """RGB 0..255 of each class."""
+
+    def items(self, part: Part) -> list[Item]:
+        """All images of the train or the val part, in any order; raises DataError when the part is not there."""
+
+    def image_bytes(self, item: Item) -> tuple[str, bytes]:
+        """Suffix without dot (jpg, jpeg, png, webp) and the encoded image, unchanged."""
+
+    def mask(self, item: Item) -> NDArray[np.uint8] | None:
+        """uint8 [H, W] class index, 255 where not annotated; None without a mask. Ids out of range are left in.
+
+        Raises:
+            DataError: the mask is unreadable or holds an id or a colour that the source does not know.
+        """
+
+
+class FileSource:
+    """Base of sources whose images lie in files."""
+
+    root: Path | None
+
+    def image_bytes(self, item: Item) -> tuple[str, bytes]:
+        """Suffix and bytes of the item's image file."""
+        assert item.image is not None
+        return item.image.suffix[1:].lower(), item.image.read_bytes()
+
+
+def open_source(name: str, root: str | Path | None = None, **options: Any) -> Source:
+    """The source of that name.
+
+    Args:
+        name: a key of `SOURCES`.
+        root: folder of the data set; None for a source that draws its images.
+        options: further keyword arguments of the source's class.
+
+    Raises:
+        ConfigError: no such source.
+        DataError: the folder is missing or is not laid out as the source expects.
+    """
+    if name not in SOURCES:
+        raise ConfigError(f"source must be one of {', '.join(SOURCES)}; got {name!r}. Choose one of these.")
+    module, _, attribute = SOURCES[name].partition(":")
+    source: Source = getattr(importlib.import_module(module), attribute)(root, **options)
+    return source
+
+
+def source_root(root: str | Path | None, source: str) -> Path:
+    """The folder of a data set, made absolute, refused when it is not there."""
+    if root is None:
+        raise DataError(f"--root must name the folder of the data set for source {source}; got nothing. Give it.")
+    folder = Path(root).expanduser().absolute()
+    if not folder.is_dir():
+        raise DataError(f"--root must be a folder that exists; got {root}. Check the path.")
+    return folder
+
+
+def default_palette(num_classes: int) -> Palette:
+    """Distinct colours for classes without colours of their own.
+
+    Source: the colour map of Pascal VOC (Everingham et al. 2010): the bits of the index, dealt out to R, G, B.
+    """
+    colours = []
+    for index in range(num_classes):
+        channels = [0, 0, 0]
+        for bit in range(8):
+            for channel in range(3):
+                channels[channel] |= ((index >> (3 * bit + channel)) & 1) << (7 - bit)
+        colours.append((channels[0], channels[1], channels[2]))
+    return tuple(colours)
+
+
+def read_list(path: Path) -> list[str]:
+    """Lines of an id list, without blank lines.
+
+    Raises:
+        DataError: missing, unreadable or empty file, or a line that is there twice.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} must be a readable list of ids; got {error}. Check the file.") from error
+    lines = [line for line in lines if line]
+    if not lines:
+        raise DataError(f"{path} must hold an id a line; got an empty file. Write the ids into it.")
+    if len(set(lines)) < len(lines):
+        twice = next(line for position, line in enumerate(lines) if line in set(lines[:position]))
+        raise DataError(f"{path} must name each id once; got {twice!r} twice. Remove the second line.")
+    return lines
+
+
+def listed(values: Sequence[object], shown: int = 5) -> str:
+    """The first few of many, for error texts."""
+    text = ", ".join(str(value) for value in values[:shown])
+    return text if len(values) <= shown else f"{text}, ... ({len(values)} in all)"
