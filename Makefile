@@ -1,0 +1,43 @@
+# One command each; all of them make .venv first. Nothing but Python 3.11 or 3.12 is needed.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1 && { echo $$p; break; }; done)
+BIN := .venv/bin
+UV := $(BIN)/python -m uv
+INSTALLED := .venv/installed
+
+.PHONY: install demo test lint format bench requirements clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): requirements/all.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python must be 3.11 or 3.12; got none. Install one, or name it: make PYTHON=/path/to/python install" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade uv
+	$(UV) pip install --quiet --python $(BIN)/python --require-hashes -r requirements/all.txt
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@touch $@
+
+demo: $(INSTALLED)  ## draw scenes, train supervised and derprop with 2 Ray workers, compare, report
+	$(BIN)/raysemi demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(INSTALLED)  ## measurements, one JSON line each; docs/results.md keeps what was measured
+	for script in tests/bench/*.py; do $(BIN)/python $$script || exit 1; done
+
+requirements: $(INSTALLED)  ## pin again, without any index address
+	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+		--no-emit-find-links --no-header --no-annotate --extra deepspeed --extra dev pyproject.toml -o requirements/all.txt
+
+clean:
+	rm -rf .venv build *.egg-info

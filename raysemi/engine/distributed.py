@@ -1,0 +1,88 @@
+"""The only file that names torch.distributed: starting a process group, sums and maxima over ranks."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from raysemi.errors import ConfigError
+from raysemi.methods.base import AcrossRanks, SingleRank
+
+
+class ProcessGroup:
+    """Sums and maxima over the ranks of torch's default process group."""
+
+    def __init__(self) -> None:
+        self.rank = dist.get_rank()
+        self.world = dist.get_world_size()
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum over ranks; the argument is left as it is, the result carries no gradient."""
+        return self._reduce(value, dist.ReduceOp.SUM)
+
+    def max(self, value: Tensor) -> Tensor:
+        """Maximum over ranks; the argument is left as it is, the result carries no gradient."""
+        return self._reduce(value, dist.ReduceOp.MAX)
+
+    @staticmethod
+    def _reduce(value: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+        result = value.detach().clone()
+        dist.all_reduce(result, op=operation)
+        return result
+
+
+def world_from_environment() -> int:
+    """Ranks that torchrun started, 1 without torchrun; Ray Train's workers have a process group already."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(f"WORLD_SIZE must be a whole number from 1; got {text!r}. Unset it or start with torchrun.")
+    return int(text)
+
+
+def join(timeout_s: float = 1800.0) -> AcrossRanks:
+    """Joins the process group that exists or that torchrun's environment describes; one process otherwise.
+
+    Args:
+        timeout_s: how long a collective may wait for the slowest rank before it fails, seconds.
+    """
+    if not dist.is_initialized() and world_from_environment() > 1:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(seconds=timeout_s))
+    return ProcessGroup() if dist.is_initialized() else SingleRank()
+
+
+def leave() -> None:
+    """Leaves a process group that `join` made; without one it does nothing."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier(across: AcrossRanks) -> None:
+    """Waits until every rank is here."""
+    if across.world > 1:
+        dist.barrier()
+
+
+def same_on_all_ranks(text: str, across: AcrossRanks) -> str:
+    """Rank 0's text, on every rank."""
+    if across.world == 1:
+        return text
+    box = [text]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def local_device(accelerator: bool = True) -> torch.device:
+    """This rank's device: its CUDA device, Apple's MPS for a single process, else the CPU."""
+    if accelerator and torch.cuda.is_available():
+        index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index)
+    if accelerator and torch.backends.mps.is_available() and world_from_environment() == 1:
+        return torch.device("mps")
+    return torch.device("cpu")

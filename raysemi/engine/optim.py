@@ -1,0 +1,108 @@
+"""Parameter groups, optimizer and learning-rate schedule; a step that is not finite leaves no trace.
+
+Source: two groups (encoder, everything else), SGD, poly decay: `docs/architecture.md`, UniMatch and DeepLab recipes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from raysemi.base import Config, choices, search
+from raysemi.models.segmentor import Segmentor
+from raysemi.ops import schedules
+
+
+class OptimConfig(Config):
+    """`optim.*`."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """Optimizer: SGD for convolutional networks, AdamW for vision transformers."""
+    lr: float = Field(0.001, gt=0.0, json_schema_extra=search(3e-4, 1e-2, log=True))
+    """Learning rate of the encoder at step 0, for the global batch of the run."""
+    head_multiplier: float = Field(10.0, gt=0.0, json_schema_extra=choices([1, 5, 10]))
+    """Factor on `lr` for everything that is not the encoder."""
+    weight_decay: float = Field(1e-4, ge=0.0, json_schema_extra=search(1e-5, 5e-4, log=True))
+    """Weight decay on all parameters."""
+    momentum: float = Field(0.9, ge=0.0, lt=1.0)
+    """Momentum of SGD."""
+    power: float = Field(0.9, gt=0.0, json_schema_extra=choices([0.9, 1.0]))
+    """Exponent of the poly schedule: lr (1 - step / steps) ** power."""
+
+
+class Optimizer:
+    """torch's fused optimizer over two groups, with the poly schedule.
+
+    Args:
+        student: the network; `encoder` gets `lr`, the rest `lr * head_multiplier`.
+        config: `optim.*`.
+        steps: length of the schedule, in steps.
+    """
+
+    def __init__(self, student: Segmentor, config: OptimConfig, steps: int) -> None:
+        self._config = config
+        self._steps = steps
+        self.names: dict[Tensor, str] = {p: name for name, p in student.named_parameters() if p.requires_grad}
+        encoder = {id(p) for p in student.encoder.parameters()}
+        groups = [
+            {"params": [p for p in self.names if id(p) in encoder], "factor": 1.0},
+            {"params": [p for p in self.names if id(p) not in encoder], "factor": config.head_multiplier},
+        ]
+        groups = [group for group in groups if group["params"]]
+        self._fused = next(iter(self.names)).device.type in ("cpu", "cuda")
+        if config.name == "sgd":
+            self._torch: torch.optim.Optimizer = torch.optim.SGD(
+                groups, config.lr, config.momentum, weight_decay=config.weight_decay, fused=self._fused
+            )
+            if config.momentum:
+                for parameter in self.names:
+                    # torch leaves a fresh buffer uninitialised when the very first step is skipped by found_inf
+                    self._torch.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        else:
+            self._torch = torch.optim.AdamW(groups, config.lr, weight_decay=config.weight_decay, fused=self._fused)
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of the encoder at a step."""
+        return self._config.lr * schedules.poly(step, self._steps, self._config.power)
+
+    def step(self, step: int, finite: Tensor) -> None:
+        """One update with the gradients that stand in the parameters.
+
+        Args:
+            step: global step, from 0; sets the learning rate.
+            finite: bool scalar on the device; False makes the update leave weights and moments as they are. No
+                host wait on CUDA and none worth the name on a CPU; other devices read the flag.
+        """
+        for group in self._torch.param_groups:
+            group["lr"] = self.learning_rate(step) * group["factor"]
+        if self._fused:
+            self._torch.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
+            self._torch.step()
+        elif bool(finite):
+            self._torch.step()
+
+    def zero_grad(self) -> None:
+        """Drops the gradients."""
+        self._torch.zero_grad(set_to_none=True)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """State by `parameter name/state name`, for a checkpoint."""
+        return {
+            f"{name}/{key}": value
+            for parameter, name in self.names.items()
+            for key, value in self._torch.state[parameter].items()
+            if isinstance(value, Tensor)
+        }
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Restores what `tensors` gave."""
+        parameters = {name: parameter for parameter, name in self.names.items()}
+        for path, value in tensors.items():
+            name, _, key = path.rpartition("/")
+            parameter = parameters[name]
+            device = torch.device("cpu") if key == "step" and not self._fused else parameter.device
+            restored = torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value, device=device)
+            self._torch.state[parameter][key] = restored.copy_(value)

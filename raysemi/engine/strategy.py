@@ -1,0 +1,156 @@
+"""How one step is spread over ranks: a single device, or data-parallel replicas.
+
+The whole of a method's forward work runs inside one module's `forward`, so a wrapper that expects one forward and one
+backward a step (DistributedDataParallel, later DeepSpeed) fits any method, however many passes it makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from raysemi.data.types import SemiBatch
+from raysemi.engine.gradients import join_ranks, uniform_loss
+from raysemi.errors import ConfigError
+from raysemi.methods.base import AcrossRanks, Method, StepContext
+from raysemi.models.segmentor import Segmentor
+
+
+class StepModule(nn.Module):
+    """Student and method as one module: batch -> the uniform loss and each objective's value."""
+
+    def __init__(self, student: Segmentor, method: nn.Module) -> None:
+        super().__init__()
+        self.student = student
+        self.method = method
+
+    def forward(self, batch: SemiBatch, context: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss to differentiate, and the detached value of each objective (their mean over ranks is global)."""
+        assert isinstance(self.method, Method)  # the registry holds nothing else
+        objectives = self.method.objectives(batch, context)
+        losses = join_ranks(objectives, context.across)
+        return uniform_loss(objectives, losses), {name: loss.detach() for name, loss in losses.items()}
+
+
+class Strategy(Protocol):
+    """What the trainer needs of a way to spread a step."""
+
+    def losses(self, batch: SemiBatch, context: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
+        """Runs the method on this rank's share, under autocast."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Leaves in every parameter the gradient averaged over ranks."""
+        ...
+
+    def settle(self, loss: Tensor) -> Tensor:
+        """Makes the ranks' BatchNorm statistics one; True on all ranks when the loss is finite on all."""
+        ...
+
+    def restore(self, finite: Tensor) -> None:
+        """Takes back what the forward passes wrote into buffers, where the step does not count."""
+        ...
+
+
+class Replicas:
+    """One replica a rank: `single` for one rank, `ddp` (DistributedDataParallel) for several.
+
+    Args:
+        module: student and method, on the device.
+        across: the ranks.
+        device: this rank's device.
+        precision: autocast type; float32 switches autocast off.
+    """
+
+    def __init__(
+        self, module: StepModule, across: AcrossRanks, device: torch.device, precision: torch.dtype = torch.float32
+    ) -> None:
+        self._across = across
+        self._device = device
+        self._precision = precision
+        self._module: nn.Module = module
+        if across.world > 1:
+            # Buffers are settled below: averaged, not overwritten by rank 0's.
+            self._module = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+        self._buffers = list(_running_statistics(module.student))
+        self._kept = [*self._buffers, *(b for b in module.method.buffers())]
+        self._before: list[Tensor] = []
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        return torch.autocast(self._device.type, self._precision, enabled=self._precision != torch.float32)
+
+    def losses(self, batch: SemiBatch, context: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
+        """Runs the method on this rank's share, under autocast."""
+        self._before = [buffer.clone() for buffer in self._kept]
+        with self._autocast():
+            loss, values = self._module(batch, context)
+        return loss, values
+
+    def backward(self, loss: Tensor) -> None:
+        """Leaves in every parameter the gradient averaged over ranks."""
+        loss.backward()
+
+    @torch.no_grad()
+    def settle(self, loss: Tensor) -> Tensor:
+        """Makes the ranks one again, in a single small collective, and judges the step.
+
+        BatchNorm's running statistics become their mean over ranks (on CPUs each rank normalises by its own share;
+        on GPUs SyncBatchNorm has made them equal already).
+
+        Args:
+            loss: this rank's loss.
+
+        Returns:
+            Bool scalar on the device, the same on all ranks: True when the loss is finite everywhere.
+        """
+        broken = (~torch.isfinite(loss.detach())).to(torch.float32).reshape(1)
+        if self._across.world > 1:
+            flat = torch.cat([broken, *(buffer.reshape(-1) for buffer in self._buffers)])
+            flat = self._across.sum(flat) / self._across.world
+            broken, rest = flat[:1], flat[1:]
+            sizes = [buffer.numel() for buffer in self._buffers]
+            for buffer, mean in zip(self._buffers, rest.split(sizes), strict=True):
+                buffer.copy_(mean.view_as(buffer))
+        return broken.reshape(()) == 0
+
+    @torch.no_grad()
+    def restore(self, finite: Tensor) -> None:
+        """Takes back what the forward passes wrote into buffers, where the step does not count."""
+        for buffer, before in zip(self._kept, self._before, strict=True):
+            buffer.copy_(torch.where(finite, buffer, before))
+        self._before = []
+
+
+def _running_statistics(student: nn.Module) -> Iterator[Tensor]:
+    for module in student.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            assert module.running_var is not None  # torch makes both or neither
+            yield module.running_mean
+            yield module.running_var
+
+
+def resolve_strategy(name: Literal["auto", "single", "ddp"], world: int) -> Literal["single", "ddp"]:
+    """The strategy for a number of ranks.
+
+    Raises:
+        ConfigError: `single` asked for on several ranks.
+    """
+    if name == "single" and world > 1:
+        raise ConfigError(
+            f"train.strategy must be ddp on {world} ranks; got single. Set train.strategy=auto or use one rank."
+        )
+    return "ddp" if name == "ddp" or world > 1 else "single"
+
+
+def synchronise_batch_norm(student: Segmentor, across: AcrossRanks, device: torch.device) -> Segmentor:
+    """SyncBatchNorm in place of BatchNorm on several GPUs; elsewhere the network as it is (CPUs have no such kernel)."""
+    if across.world == 1 or device.type != "cuda":
+        return student
+    from timm.layers import convert_sync_batchnorm  # knows timm's fused BatchNorm + activation layers
+
+    return convert_sync_batchnorm(student)

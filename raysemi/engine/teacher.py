@@ -1,0 +1,71 @@
+"""The averaged copy of the student: a teacher, or only the network that is evaluated. Always in eval mode.
+
+Source: EMA as in UniMatch V2 (d = min(1 - 1/(i+1), decay), buffers averaged too); `period` is DerProp eq. 6.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from raysemi.methods.base import Average
+from raysemi.models.segmentor import Segmentor
+from raysemi.ops import schedules
+
+
+class AveragedCopy:
+    """An average of the student's weights over the run.
+
+    Args:
+        student: the network; its present weights are where the average begins.
+        average: the rule; its kind is not `none`.
+        period: steps between two updates of the kind `period`.
+    """
+
+    def __init__(self, student: Segmentor, average: Average, period: int) -> None:
+        self._average = average
+        self._period = period
+        self.model = copy.deepcopy(student).requires_grad_(False).eval()
+        self.started = average.kind == "ema"
+        """False until the first update of kind `period`: before it the student itself is evaluated."""
+
+    def before_step(self, student: Segmentor, step: int) -> None:
+        """`at: start` (the reference of DerProp): averages at the start of every period but the first."""
+        if self._average.kind == "period" and self._average.at == "start" and step and step % self._period == 0:
+            self._blend(student, 1.0 - self._average.ratio)
+            self.started = True
+
+    def after_step(self, student: Segmentor, step: int, finite: Tensor) -> None:
+        """The update that follows optimizer step `step` (from 0).
+
+        Args:
+            student: the network after the step.
+            step: global step, from 0.
+            finite: bool scalar on the device; where False, an EMA stays as it is (its student did not move).
+        """
+        if self._average.kind == "ema":
+            self._blend(student, 1.0 - schedules.ema_decay(step, self._average.decay), finite)
+        elif self._average.at == "end" and (step + 1) % self._period == 0:
+            self._blend(student, 1.0 - self._average.ratio)
+            self.started = True
+
+    @torch.no_grad()
+    def _blend(self, student: Segmentor, share: float, finite: Tensor | None = None) -> None:
+        theirs = student.state_dict()
+        mine = self.model.state_dict()
+        averaged = [name for name, value in mine.items() if value.is_floating_point()]
+        new = [theirs[name] for name in averaged]
+        old = [mine[name] for name in averaged]
+        moves = torch._foreach_sub(new, old)
+        masked = torch.ones((), device=old[0].device) if finite is None else finite.to(torch.float32)
+        if share < 0.5:  # as torch.lerp: exact at both ends, and a constant stays the same constant
+            torch._foreach_mul_(moves, masked * share)
+            torch._foreach_add_(old, moves)
+        else:
+            torch._foreach_mul_(moves, 1.0 - masked * share)
+            torch._foreach_copy_(old, torch._foreach_sub(new, moves))
+        for name, value in mine.items():
+            if not value.is_floating_point():
+                value.copy_(theirs[name])  # BatchNorm's counters

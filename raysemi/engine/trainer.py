@@ -1,0 +1,255 @@
+"""The loop: fetch, objectives, backward, step, average; log, evaluate, save. No line of a step waits for the device."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from raysemi.base import Config
+from raysemi.data.types import HostBatch
+from raysemi.data.views import on_device
+from raysemi.engine.checkpoint import Snapshot
+from raysemi.engine.optim import OptimConfig, Optimizer
+from raysemi.engine.record import Meter
+from raysemi.engine.strategy import Replicas, StepModule, Strategy, synchronise_batch_norm
+from raysemi.engine.teacher import AveragedCopy
+from raysemi.methods.base import AcrossRanks, Method, StepContext
+from raysemi.models.segmentor import Segmentor
+
+_log = logging.getLogger(__name__)
+
+
+class BatchConfig(Config):
+    """`train.batch.*`: images of a step over all ranks."""
+
+    labeled: int = Field(4, ge=1)
+    """Labeled images of a step, over all ranks."""
+    unlabeled: int = Field(4, ge=1)
+    """Unlabeled images of a step, over all ranks; unused by methods without unlabeled images."""
+
+
+class TrainConfig(Config):
+    """`train.*`."""
+
+    steps: int = Field(1000, ge=1)
+    """Optimizer updates of the whole run; schedules follow it."""
+    stop_at: int | None = Field(None, ge=1)
+    """Ends cleanly with a checkpoint at this step; the same command without it goes on."""
+    batch: BatchConfig = BatchConfig()
+    """Global batch."""
+    period: int | None = Field(None, ge=1)
+    """Steps that stand for the papers' epoch; None = one pass over the unlabeled pool, at most a 20th of the run."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Autocast: auto is bf16 on CUDA and fp32 elsewhere."""
+    strategy: Literal["auto", "single", "ddp"] = "auto"
+    """auto: ddp on several ranks, single on one."""
+    channels_last: bool = True
+    """Memory layout of images and weights; faster for convolutions on CPUs and recent GPUs."""
+    max_grad_norm: float = Field(0.0, ge=0.0)
+    """Largest norm of the gradient; 0 = no clipping, as in the papers."""
+    log_every: int = Field(20, ge=1)
+    """Steps between two log lines."""
+    checkpoint_every: int | None = Field(None, ge=1)
+    """Steps between two checkpoints; None = a tenth of the run."""
+    keep: int = Field(2, ge=1)
+    """Newest checkpoints that are kept, beside the best."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the run does at the trainer's periods; called on every rank, equally often."""
+
+    log: Callable[[int, dict[str, float]], None]
+    """(steps done, metrics) every `log_every` steps."""
+    evaluate: Callable[[int], bool]
+    """(steps done) every `eval.every` steps and at the last; True when it is the best so far, which is then saved."""
+    save: Callable[[int], None]
+    """(steps done) every `checkpoint_every` steps, after the best evaluation and at the end."""
+    should_stop: Callable[[], bool]
+    """Asked after every step: True ends the loop with a checkpoint (Ctrl-C)."""
+
+
+def resolve_period(config: TrainConfig, pass_steps: int) -> int:
+    """`train.period` in steps: what is set, else one pass, at most a 20th of the run, at least 1."""
+    return config.period or max(1, min(pass_steps, config.steps // 20))
+
+
+def resolve_precision(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """Autocast type of a device."""
+    if config.precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if config.precision == "bf16" else torch.float32
+
+
+class Trainer:
+    """Everything that a step changes: student, averaged copy, method, optimizer and the step counter.
+
+    Args:
+        student: the network; moved to `device`.
+        method: names the objectives; its buffers are part of the state.
+        config: `train.*`.
+        optim: `optim.*`.
+        across: the ranks.
+        device: this rank's device.
+        period: what stands for an epoch, in steps (`resolve_period`).
+        seed: seed of the run.
+    """
+
+    def __init__(
+        self,
+        student: Segmentor,
+        method: nn.Module,
+        config: TrainConfig,
+        optim: OptimConfig,
+        *,
+        across: AcrossRanks,
+        device: torch.device,
+        period: int,
+        seed: int,
+    ) -> None:
+        assert isinstance(method, Method)  # the registry holds nothing else
+        self.config = config
+        self.across = across
+        self.device = device
+        self.period = period
+        self.seed = seed
+        self.step = 0
+        self.skipped = torch.zeros((), device=device)
+        self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.precision = resolve_precision(config, device)
+        student = synchronise_batch_norm(student, across, device)
+        self.student = student.to(device=device, memory_format=self.memory_format)
+        self.method = method.to(device)
+        average = method.average
+        self.average = AveragedCopy(self.student, average, period) if average.kind != "none" else None
+        module = StepModule(self.student, self.method).train()
+        self.strategy: Strategy = Replicas(module, across, device, self.precision)
+        self.optimizer = Optimizer(self.student, optim, config.steps)
+        self._parameters = list(self.optimizer.names)
+        self._meter = Meter()
+
+    @property
+    def evaluated(self) -> Segmentor:
+        """The network that is evaluated, saved as the result and used to predict."""
+        return self.average.model if self.average is not None and self.average.started else self.student
+
+    def context(self, listener: Callable[[str, Tensor], None] | None = None) -> StepContext:
+        """What the method sees in the present step."""
+        return StepContext(
+            student=self.student,
+            teacher=self.average.model if self.average is not None else None,
+            step=self.step,
+            steps=self.config.steps,
+            period=self.period,
+            seed=self.seed,
+            across=self.across,
+            listener=listener,
+        )
+
+    def train_step(self, host: HostBatch) -> dict[str, Tensor]:
+        """One optimizer update.
+
+        Args:
+            host: this rank's share of the step.
+
+        Returns:
+            Scalars on the device whose mean over ranks is the global value: objectives, gradient norm, and what the
+            method observed.
+        """
+        batch = on_device(host, self.device, self.memory_format)
+        observed: dict[str, Tensor] = {}
+
+        def listen(name: str, value: Tensor) -> None:
+            if value.ndim == 0:  # maps are for pictures
+                observed[f"method/{name}"] = value
+
+        if self.average is not None:
+            self.average.before_step(self.student, self.step)
+        loss, values = self.strategy.losses(batch, self.context(listen))
+        self.strategy.backward(loss)
+        finite = self.strategy.settle(loss)
+
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if self.config.max_grad_norm > 0:
+            nn.utils.clip_grads_with_norm_(self._parameters, self.config.max_grad_norm, norm)
+        finite = finite & torch.isfinite(norm)
+        self.optimizer.step(self.step, finite)
+        self.optimizer.zero_grad()
+        self.strategy.restore(finite)
+        if self.average is not None:
+            self.average.after_step(self.student, self.step, finite)
+        self.skipped += (~finite).to(self.skipped.dtype)
+        self.step += 1
+        return {
+            "loss/total": loss.detach(),
+            **{f"loss/{name}": value for name, value in values.items()},
+            "gradient_norm": norm,
+            "skipped_steps": self.skipped,
+            **observed,
+        }
+
+    def fit(self, stream: Iterable[HostBatch], hooks: Hooks, eval_every: int) -> bool:
+        """Trains until the stream ends.
+
+        Args:
+            stream: this rank's shares of the steps from `self.step` on, up to the last.
+            hooks: what happens at the periods.
+            eval_every: steps between two evaluations.
+
+        Returns:
+            True when every step of the stream was done; False when `should_stop` ended it earlier.
+        """
+        config = self.config
+        save_every = config.checkpoint_every or max(1, config.steps // 10)
+        saved = self.step
+        self._meter.restart_clock()
+        stopped = False
+        for host in stream:
+            values = self.train_step(host)
+            self._meter.add(values, images=len(host.keys_L) + len(host.keys_U))
+            if self.step % config.log_every == 0 or self.step == config.steps:
+                metrics = self._meter.read(self.across)
+                metrics["lr"] = self.optimizer.learning_rate(self.step - 1)
+                hooks.log(self.step, metrics)
+            stopped = hooks.should_stop()
+            best = False
+            if self.step % eval_every == 0 or self.step == config.steps:
+                best = hooks.evaluate(self.step)
+                self._meter.restart_clock()
+            if self.step % save_every == 0 or best or stopped:
+                hooks.save(self.step)
+                saved = self.step
+                self._meter.restart_clock()
+            if stopped:
+                break
+        if saved != self.step:
+            hooks.save(self.step)
+        return not stopped
+
+    def snapshot(self) -> Snapshot:
+        """The whole state, for a checkpoint."""
+        tensors = {"student": self.student.state_dict(), "optimizer": self.optimizer.tensors()}
+        if self.average is not None:
+            tensors["teacher"] = self.average.model.state_dict()
+        if buffers := self.method.state_dict():
+            tensors["method"] = buffers
+        started = self.average is not None and self.average.started
+        return Snapshot(self.step, tensors, {"average_started": started, "skipped_steps": float(self.skipped)})
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Goes on from a checkpoint of the same config, on any number of ranks."""
+        self.student.load_state_dict(snapshot.tensors["student"])
+        self.optimizer.load_tensors(snapshot.tensors["optimizer"])
+        self.method.load_state_dict(snapshot.tensors.get("method", {}))
+        if self.average is not None:
+            self.average.model.load_state_dict(snapshot.tensors["teacher"])
+            self.average.started = snapshot.state["average_started"]
+        self.skipped.fill_(snapshot.state["skipped_steps"])
+        self.step = snapshot.step

@@ -1,0 +1,81 @@
+"""From a config to networks and pools, and from a run folder back to its network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from raysemi import config_io
+from raysemi.config import RunConfig
+from raysemi.data.pool import Pool
+from raysemi.engine import checkpoint
+from raysemi.engine.folder import RunFolder
+from raysemi.errors import CheckpointError, DataError
+from raysemi.methods import METHODS
+from raysemi.models.segmentor import ModelConfig, Segmentor, build_segmentor
+
+
+def open_pool(path: str, setting: str, *, masks: bool = False) -> Pool:
+    """Opens a pool and names the setting when it cannot serve.
+
+    Raises:
+        DataError: no pool there, an empty one, or one without the masks that the setting needs.
+    """
+    try:
+        pool = Pool.open(path)
+    except DataError as error:
+        raise DataError(f"{setting}: {error}") from error
+    if pool.num_samples == 0:
+        raise DataError(f"{setting} must hold at least one sample; got an empty pool, {path}. Pack it again.")
+    if masks and not pool.labeled:
+        raise DataError(f"{setting} must have a mask for every image; got {path}. Pack it from a labeled source.")
+    return pool
+
+
+def build(config: RunConfig, num_classes: int, model: ModelConfig | None = None) -> tuple[Segmentor, nn.Module]:
+    """The student with the heads that its method asks for, and the method, on the CPU.
+
+    Args:
+        config: the run.
+        num_classes: classes of its pools.
+        model: in place of `config.model` (other weights to begin with).
+    """
+    method = METHODS[config.method.name][1](config.method, num_classes)
+    student = build_segmentor(model or config.model, num_classes, method.heads, config.seed)
+    return student, method
+
+
+def load_network(run: str | Path, which: str = "last") -> tuple[Segmentor, RunConfig, tuple[str, ...], list[list[int]]]:
+    """The network that a run evaluates: its averaged copy where it has one.
+
+    Args:
+        run: run folder, local or URL.
+        which: `last` checkpoint, or `best` on validation.
+
+    Returns:
+        The network in eval mode on the CPU, the run's config, class names, palette.
+
+    Raises:
+        CheckpointError: no run, or no whole checkpoint in it.
+    """
+    folder = RunFolder(run)
+    if not folder.exists("config.yaml"):
+        raise CheckpointError(f"{run} must be a run folder; got one without config.yaml. Give the `run` of a training.")
+    config = config_io.parse(folder.read_bytes("config.yaml").decode())
+    if which == "best":
+        step = checkpoint.best_step(folder)
+        snapshot = checkpoint.load(folder, step, ("student", "teacher")) if step is not None else None
+    else:
+        snapshot = checkpoint.load_newest(folder)
+    if snapshot is None:
+        raise CheckpointError(f"{run} must hold a whole checkpoint; got none. Train it first: the same command goes on.")
+    classes = tuple(snapshot.state["classes"])
+    untrained = config.model.model_copy(update={"weights": "random"})  # every weight is in the checkpoint
+    network, _ = build(config, len(classes), untrained)
+    averaged = snapshot.state["average_started"]
+    try:
+        network.load_state_dict(snapshot.tensors["teacher" if averaged else "student"])
+    except RuntimeError as error:
+        raise CheckpointError(f"{run} must hold weights of its own config; got others. {error}") from error
+    return network.eval(), config, classes, snapshot.state["palette"]

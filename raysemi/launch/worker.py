@@ -1,0 +1,306 @@
+"""What every rank does, wherever it was started (Ray Train, torchrun or one plain process): config -> finished run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from raysemi import config_io
+from raysemi.config import RunConfig, check_world
+from raysemi.data.loader import Stream
+from raysemi.data.pool import Pool
+from raysemi.engine import checkpoint, distributed
+from raysemi.engine.evaluate import evaluate
+from raysemi.engine.folder import RunFolder
+from raysemi.engine.measure import Look, PseudoQuality, look, unlabeled_panels, val_panels
+from raysemi.engine.record import Record
+from raysemi.engine.strategy import resolve_strategy
+from raysemi.engine.trainer import Hooks, Trainer, resolve_period
+from raysemi.errors import CheckpointError, ConfigError, DataError
+from raysemi.launch.restore import build, open_pool
+from raysemi.methods.base import AcrossRanks
+from raysemi.ops.confusion import iou, mean_iou, pixel_accuracy
+
+_log = logging.getLogger(__name__)
+OnLog = Callable[[int, dict[str, float]], None]
+
+MAY_CHANGE = ("ray.", "train.stop_at", "train.log_every", "train.checkpoint_every", "train.keep", "eval.")
+"""Settings that may differ when a run goes on; anything else would make it another run."""
+
+
+def run(config: RunConfig, on_log: OnLog | None = None) -> dict[str, Any]:
+    """Trains, or goes on training, until `train.steps` or `train.stop_at`; called by every rank.
+
+    Args:
+        config: the resolved config, the same on every rank.
+        on_log: (steps done, metrics), called on every rank equally often.
+
+    Returns:
+        The fields of `result.json`; empty when the run ended before its first evaluation.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: one line each, before a step is taken where possible.
+        KeyboardInterrupt: after Ctrl-C in a single process, with a checkpoint written.
+    """
+    across = distributed.join()
+    check_world(config, across.world)
+    resolve_strategy(config.train.strategy, across.world)
+    use_gpu = config.ray == "none" or config.ray.use_gpu is not False
+    return _Run(config, across, distributed.local_device(accelerator=use_gpu), on_log).go()
+
+
+class _Run:
+    """One rank's part of a run: the trainer between its pools and its folder."""
+
+    def __init__(self, config: RunConfig, across: AcrossRanks, device: torch.device, on_log: OnLog | None) -> None:
+        self.config = config
+        self.across = across
+        self.on_log = on_log
+        self.folder = RunFolder(config.run)
+        self.labeled = open_pool(config.data.labeled, "data.labeled", masks=True)
+        self.val = open_pool(config.data.val, "data.val", masks=True)
+        self.unlabeled = open_pool(config.data.unlabeled, "data.unlabeled") if config.data.unlabeled else None
+        for name, pool in (("data.val", self.val), ("data.unlabeled", self.unlabeled)):
+            if pool is not None and pool.classes != self.labeled.classes:
+                raise ConfigError(
+                    f"{name} must have the classes of data.labeled ({', '.join(self.labeled.classes)}); got "
+                    f"{', '.join(pool.classes)}. Pack the pools from one source."
+                )
+        student, method = build(config, len(self.labeled.classes))
+        if method.strong_views == 0:
+            self.unlabeled = None
+        if config.eval.pseudo_images and self.unlabeled is not None and not self.unlabeled.has_masks:
+            raise ConfigError(
+                f"eval.pseudo_images must be 0 without masks of unlabeled images; got {config.eval.pseudo_images}. "
+                "Set it to 0, or pack the unlabeled pool again with --keep-unlabeled-masks."
+            )
+        first = self.unlabeled or self.labeled
+        batch = config.train.batch
+        pass_steps = first.num_samples // (batch.unlabeled if self.unlabeled else batch.labeled)
+        period = resolve_period(config.train, pass_steps)
+        if config.train.steps // period < 10:
+            _log.warning(
+                "train.steps=%d holds only %d periods of %d steps; ramps and momentum networks are made for 10 or more.",
+                config.train.steps, config.train.steps // period, period,
+            )  # fmt: skip
+        self.trainer = Trainer(
+            student, method, config.train, config.optim,
+            across=across, device=device, period=period, seed=config.seed,
+        )  # fmt: skip
+        self.seconds = 0.0
+        self.record: Record | None = None
+        self.result: dict[str, Any] = {}
+        self._clock = time.perf_counter()
+        self._best_step: int | None = None
+        self._best_miou = float("-inf")
+
+    def go(self) -> dict[str, Any]:
+        self._resume()
+        config, trainer = self.config, self.trainer
+        until = min(config.train.steps, config.train.stop_at or config.train.steps)
+        if self.across.rank == 0:
+            self.record = Record(self.folder, trainer.step)
+        if trainer.step < until:
+            with _graceful_stop(self.across) as should_stop:
+                hooks = Hooks(self._log, self._evaluate, self._save, should_stop)
+                finished = trainer.fit(self._stream(trainer.step, until), hooks, config.eval.every)
+            if not finished:
+                raise KeyboardInterrupt
+        elif not self.result:
+            _log.info("step %d of %d: nothing left to do.", trainer.step, until)
+        if self.record is not None:
+            self.record.close()
+        distributed.barrier(self.across)
+        return self.result
+
+    def _stream(self, start: int, stop: int, *, truth: bool = False, seed: int | None = None) -> Stream:
+        method, batch = self.trainer.method, self.config.train.batch
+        return Stream(
+            self.config.data,
+            self.labeled,
+            self.unlabeled,
+            seed=self.config.seed if seed is None else seed,
+            batch_labeled=batch.labeled,
+            batch_unlabeled=batch.unlabeled,
+            rank=self.across.rank,
+            world=self.across.world,
+            strong_views=method.strong_views,
+            second_view=method.second_view,
+            start=start,
+            stop=stop,
+            with_truth=truth,
+        )
+
+    def _resume(self) -> None:
+        """Goes on from the newest whole checkpoint; refuses a folder that holds another run."""
+        text = config_io.dump(self.config)
+        if self.folder.exists("config.yaml"):
+            earlier = config_io.parse(self.folder.read_bytes("config.yaml").decode())
+            changed = [p for p in config_io.difference(earlier, self.config) if not p.startswith(MAY_CHANGE)]
+            if changed:
+                raise ConfigError(
+                    f"run must name a folder of this run or a new one; got {self.config.run}, whose config differs in "
+                    f"{', '.join(changed)}. Give another run folder, or undo the change to go on."
+                )
+        snapshot = checkpoint.load_newest(self.folder)
+        distributed.barrier(self.across)  # every rank has read the folder before rank 0 writes to it
+        if snapshot is not None:
+            if snapshot.state["digests"] != self._digests():
+                raise CheckpointError(
+                    f"{self.config.run} must go on with the pools that it began with; got other digests. "
+                    "Restore the pools, or give another run folder."
+                )
+            self.trainer.restore(snapshot)
+            self.seconds = snapshot.state["seconds"]
+            if self.folder.exists("result.json"):
+                self.result = json.loads(self.folder.read_bytes("result.json"))
+            if self.folder.exists("best.json"):
+                self._best_miou = json.loads(self.folder.read_bytes("best.json"))["miou"]
+            _log.info("going on from step %d", self.trainer.step)
+        if self.across.rank == 0:
+            self.folder.write_bytes("config.yaml", text.encode())
+
+    def _digests(self) -> dict[str, str]:
+        pools = {"labeled": self.labeled, "unlabeled": self.unlabeled}
+        return {name: pool.digest for name, pool in pools.items() if pool is not None}
+
+    def _log(self, step: int, metrics: dict[str, float]) -> None:
+        if self.record is not None:
+            self.record.write(step, metrics)
+        if self.on_log is not None:
+            self.on_log(step, metrics)
+
+    def _save(self, step: int) -> None:
+        if self.across.rank != 0:
+            return
+        now = time.perf_counter()
+        self.seconds += now - self._clock
+        self._clock = now
+        snapshot = self.trainer.snapshot()
+        snapshot.state |= {
+            "seconds": self.seconds,
+            "seed": self.config.seed,
+            "digests": self._digests(),
+            "classes": list(self.labeled.classes),
+            "palette": [list(colour) for colour in self.labeled.palette],
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        }
+        checkpoint.save(self.folder, snapshot)
+        if self._best_step == step:
+            checkpoint.mark_best(self.folder, step, self._best_miou)
+        checkpoint.keep_newest(self.folder, self.config.train.keep)
+        assert self.record is not None  # rank 0 has one
+        self.record.flush()
+
+    def _evaluate(self, step: int) -> bool:
+        """Measures the averaged network, at the end the student too; True when it is the best so far."""
+        trainer, classes = self.trainer, self.labeled.classes
+        metrics: dict[str, float] = {}
+
+        def measure(network: Any) -> torch.Tensor:
+            return evaluate(
+                network, self.val, self.config.eval, self.across, trainer.device, precision=trainer.precision
+            )
+
+        matrix = measure(trainer.evaluated)
+        miou = 100.0 * float(mean_iou(matrix))
+        per_class = {name: 100.0 * float(value) for name, value in zip(classes, iou(matrix), strict=True)}
+        accuracy = 100.0 * float(pixel_accuracy(matrix))
+        metrics |= {"eval/miou": miou, "eval/pixel_accuracy": accuracy}
+        metrics |= {f"eval/iou/{name}": value for name, value in per_class.items()}
+        if trainer.evaluated is not trainer.student and step == self.config.train.steps:
+            metrics["eval/student_miou"] = 100.0 * float(mean_iou(measure(trainer.student)))
+        metrics |= self._look(step)
+        self.result = {
+            "method": self.config.method.name,
+            "miou": miou,
+            "iou": per_class,
+            "pixel_accuracy": accuracy,
+            "steps": step,
+            "labeled": self.labeled.num_samples,
+            "unlabeled": self.unlabeled.num_samples if self.unlabeled is not None else 0,
+            "seconds": self.seconds + time.perf_counter() - self._clock,
+        }
+        if self.across.rank == 0:
+            confusion = {"classes": classes, "palette": self.labeled.palette, "matrix": matrix.tolist()}
+            self.folder.write_bytes("evaluation/confusion.json", json.dumps(confusion).encode())
+            self.folder.write_bytes("result.json", json.dumps(self.result, indent=1).encode())
+        self._log(step, metrics)
+        best = miou > self._best_miou
+        if best:
+            self._best_miou, self._best_step = miou, step
+        return best
+
+    def _look(self, step: int) -> dict[str, float]:
+        """Pictures, and the quality of the pseudo-labels where their truth may be opened."""
+        settings, rank = self.config.eval, self.across.rank
+        wanted = max(settings.pseudo_images, settings.pictures)
+        quality = PseudoQuality(len(self.labeled.classes))
+        pictures: list[tuple[str, str, list[tuple[str, bytes]]]] = []
+        if self.unlabeled is not None and wanted:
+            steps = -(-wanted // self.config.train.batch.unlabeled)
+            # The seed is the run's own plus one: views that the run itself does not train on at its first steps.
+            hosts = self._stream(0, steps, truth=settings.pseudo_images > 0, seed=self.config.seed + 1)
+            for seen in look(self.trainer, hosts):
+                if seen.truth_UHW is not None:
+                    quality.add(seen)
+                pictures += self._unlabeled_pictures(seen, settings.pictures - len(pictures))
+        for stage in quality.counts:
+            quality.counts[stage] = self.across.sum(quality.counts[stage].to(self.trainer.device)).cpu()
+        if rank == 0 and settings.pictures:
+            pictures += [
+                ("val", key, panels)
+                for key, panels in val_panels(self.trainer, self.val, settings, settings.pictures)
+            ]
+            self._write_pictures(step, pictures)
+        return quality.metrics(self.labeled.classes)
+
+    def _unlabeled_pictures(self, seen: Look, room: int) -> list[tuple[str, str, list[tuple[str, bytes]]]]:
+        if self.across.rank != 0 or room <= 0:
+            return []
+        keys = seen.keys_U[:room]
+        return [("unlabeled", key, unlabeled_panels(seen, i, self.labeled.palette)) for i, key in enumerate(keys)]
+
+    def _write_pictures(self, step: int, pictures: list[tuple[str, str, list[tuple[str, bytes]]]]) -> None:
+        listing = []
+        for number, (kind, key, panels) in enumerate(pictures):
+            entries = []
+            for title, content in panels:
+                file = f"{number:02d}-{title.replace(' ', '-')}.png"
+                self.folder.write_bytes(f"pictures/{file}", content)
+                entries.append({"title": title, "file": file})
+            listing.append({"kind": kind, "key": key, "step": step, "panels": entries})
+        self.folder.write_bytes("pictures/pictures.json", json.dumps(listing, indent=1).encode())
+
+
+@contextmanager
+def _graceful_stop(across: AcrossRanks) -> Iterator[Callable[[], bool]]:
+    """Turns the first Ctrl-C into "finish this step and save"; the second one interrupts at once.
+
+    Only in a single process: several ranks get the signal in different steps, so they go on from the last checkpoint.
+    """
+    if across.world > 1 or threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    asked = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+
+    def stop(number: int, frame: Any) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, before)
+        _log.warning("stopping after this step; press Ctrl-C again to stop at once")
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,87 @@
+"""FixMatch per pixel: what the teacher is sure of on the weak view, the student must say of the strong view.
+
+Source: Sohn et al. 2020, arXiv:2001.07685, eqs. 3-4. Differs: pixels for images, an averaged teacher, CutMix between
+neighbouring slots; the mean runs over all valid pixels, trusted or not, as in the segmentation papers.
+Axes: L labeled, U unlabeled images, K classes, H x W pixels. The views of an image share its geometry.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import nn
+
+from raysemi.base import Config, search
+from raysemi.data.types import SemiBatch
+from raysemi.methods.base import Average, StepContext
+from raysemi.ops.losses import Criterion, Objective, labeled_loss, pixel_cross_entropy, supervised, unsupervised
+from raysemi.ops.mixing import paste
+from raysemi.ops.pseudo_label import confidence_and_label
+
+
+class FixMatchConfig(Config):
+    """`method.*` of `fixmatch`."""
+
+    name: Literal["fixmatch"] = "fixmatch"
+    threshold: float = Field(0.95, ge=0.0, lt=1.0, json_schema_extra=search(0.7, 0.99))
+    """Least teacher probability at which a pixel is trusted."""
+    unsupervised_weight: float = Field(1.0, ge=0.0, json_schema_extra=search(0.5, 4.0, log=True))
+    """Factor on the consistency term; total = (labeled + factor * consistency) / 2."""
+    criterion: Criterion = Criterion()
+    """Loss of the labeled images."""
+    average: Average = Average(kind="ema")
+    """The teacher: an average of the student."""
+
+    @field_validator("average")
+    @classmethod
+    def _needs_teacher(cls, average: Average) -> Average:
+        if average.kind == "none":
+            raise ValueError("must be ema or period, fixmatch learns from the averaged copy; got none")
+        return average
+
+
+class FixMatch(nn.Module):
+    """Consistency between the teacher on weak and the student on strong views."""
+
+    strong_views = 1
+    second_view = False
+
+    def __init__(self, config: FixMatchConfig, num_classes: int) -> None:
+        super().__init__()
+        self.threshold = config.threshold
+        self.factor = config.unsupervised_weight
+        self.criterion = config.criterion
+        self.average = config.average
+
+    def heads(self, low_channels: int, high_channels: int) -> dict[str, nn.Module]:
+        """None."""
+        return {}
+
+    def objectives(self, batch: SemiBatch, context: StepContext) -> dict[str, Objective]:
+        """The labeled loss and the consistency on CutMixed strong views."""
+        assert context.teacher is not None  # the config refuses average.kind: none
+        with torch.no_grad():
+            teacher_UKHW = context.teacher(batch.weak_U3HW).logits_BKHW
+        confidence_UHW, pseudo_UHW = confidence_and_label(teacher_UKHW)
+        trusted_UHW = (confidence_UHW >= self.threshold) & batch.valid_UHW
+        context.observe("pseudo", pseudo_UHW)
+        context.observe("confidence", confidence_UHW)
+        context.observe("trusted", trusted_UHW)
+        context.observe("kept_ratio", trusted_UHW.sum() / batch.valid_UHW.sum().clamp(min=1))
+
+        # CutMix: what is pasted from the partner slot is pasted everywhere, or the target belongs to another image
+        strong_U3HW, pseudo_UHW, trusted_UHW, valid_UHW = paste(
+            batch.boxes_VU4[0], batch.strong_VU3HW[0], pseudo_UHW, trusted_UHW, batch.valid_UHW
+        )
+
+        images = torch.cat((batch.image_L3HW, strong_U3HW))  # one student pass: both share BatchNorm's statistics
+        sizes = [len(batch.image_L3HW), len(strong_U3HW)]
+        logits_LKHW, logits_UKHW = context.student(images).logits_BKHW.split(sizes)
+        labeled = labeled_loss(self.criterion, logits_LKHW, batch.label_LHW, context.across)
+        consistency = pixel_cross_entropy(logits_UKHW, pseudo_UHW, counted_BHW=valid_UHW, weight_BHW=trusted_UHW)
+        return {
+            "supervised": supervised(labeled, weight=0.5),
+            "consistency": unsupervised(consistency, weight=0.5 * self.factor),
+        }
