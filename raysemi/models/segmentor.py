@@ -1,0 +1,194 @@
+"""The network of every method: encoder, decoder, and the extra heads that a method asks for.
+
+Axes: B images, K classes, D channels, H x W pixels, h x w cells of the low map.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from raysemi.base import Config, choices
+from raysemi.models.decoders import DeepLabV3Plus, resize
+from raysemi.models.encoders import LITE0, PAPER_RESNETS, Encoder, build_encoder
+from raysemi.models.weights import load_encoder
+
+_RATES = {16: (6, 12, 18), 8: (12, 24, 36)}
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the encoder sees in an image."""
+
+    low_BCHW: Tensor
+    """Map at stride 4."""
+    high_BCHW: Tensor
+    """Last map, at the output stride (8 or 16)."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the network says of a batch of images."""
+
+    logits_BKHW: Tensor
+    """Class scores at the size of the images, in the type of the pass (bfloat16 under autocast)."""
+    features: Features
+    penultimate_BDhw: Tensor
+    """Input of the classifier, after ReLU, at stride 4."""
+
+
+class ModelConfig(Config):
+    """Settings of the network."""
+
+    name: Literal["deeplabv3plus"] = "deeplabv3plus"
+    """Decoder."""
+    encoder: str = LITE0
+    """`resnet50` or `resnet101` (the papers'), or the name of a convolutional network of timm."""
+    weights: str = "auto"
+    """First weights of the encoder: `auto` (ImageNet weights that came with the installation; tf_efficientnet_lite0
+    only), `random`, or a file (.safetensors, or a torch file of plain tensors)."""
+    stem: Literal["deep", "plain"] = "deep"
+    """Stem of resnet50 and resnet101: three 3x3 convolutions (the papers') or one 7x7 (torchvision's weights)."""
+    output_stride: Literal[8, 16] = Field(16, json_schema_extra=choices([8, 16]))
+    """Pixels a cell of the last map; the last stages are dilated."""
+    channels: int = Field(256, ge=8)
+    """Width of the decoder."""
+    low_channels: int = Field(48, ge=4)
+    """Channels to which the decoder reduces the stride-4 map."""
+    atrous_rates: tuple[int, int, int] | None = None
+    """Dilations of the pyramid, in cells; null: 6, 12, 18 at output stride 16 and 12, 24, 36 at 8."""
+    batch_norm: Literal["train", "frozen"] = "train"
+    """frozen: every BatchNorm keeps its statistics and its factors; then batches may be small and ranks unequal."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.stem == "plain" and self.encoder not in PAPER_RESNETS:
+            raise ValueError(
+                f"stem must be deep (the default) unless encoder is resnet50 or resnet101; got plain with "
+                f"{self.encoder}. Remove model.stem."
+            )
+        if self.atrous_rates is not None and min(self.atrous_rates) < 1:
+            raise ValueError(
+                f"atrous_rates must be at least 1; got {list(self.atrous_rates)}. Use null for the default."
+            )
+        return self
+
+
+class Segmentor(nn.Module):
+    """Images in [0, 1] -> class scores per pixel, with the features on the way.
+
+    With `frozen`, every BatchNorm stays in eval mode whatever `.train()` says, and its affine parameters get no
+    gradient. `mean` and `std` (buffers, saved with the weights) normalise the images as the encoder expects.
+
+    Args:
+        encoder: see `encoders.build_encoder`.
+        decoder: (low_BDhw, high_BDhw) -> (logits_BKhw, penultimate_BDhw).
+        heads: extra heads of a method, by name.
+        num_classes: K.
+        frozen: keep BatchNorm as it is.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, encoder: Encoder, decoder: nn.Module, heads: Mapping[str, nn.Module], num_classes: int, frozen: bool
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.heads = nn.ModuleDict(heads)
+        self.num_classes = num_classes
+        self.low_channels = encoder.low_channels
+        self.high_channels = encoder.high_channels
+        self.frozen = frozen
+        mean, std = (torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1) for values in encoder.statistics)
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+        if frozen:
+            for norm in self._norms():
+                norm.requires_grad_(False)
+        self.train()
+
+    def _norms(self) -> Iterator[nn.Module]:
+        return (module for module in self.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
+
+    def train(self, mode: bool = True) -> Segmentor:
+        """As any module's, except that frozen BatchNorms stay in eval mode."""
+        super().train(mode)
+        if self.frozen:
+            for norm in self._norms():
+                norm.eval()
+        return self
+
+    def encoder_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters that train with the encoder's learning rate."""
+        return (parameter for parameter in self.encoder.parameters() if parameter.requires_grad)
+
+    def other_parameters(self) -> Iterator[nn.Parameter]:
+        """All other parameters that train: decoder and heads."""
+        encoder = {id(parameter) for parameter in self.encoder.parameters()}
+        return (p for p in self.parameters() if p.requires_grad and id(p) not in encoder)
+
+    def encode(self, images_B3HW: Tensor) -> Features:
+        """Features of RGB images in [0, 1], any size."""
+        return Features(*self.encoder((images_B3HW - self.mean) / self.std))
+
+    def decode(self, features: Features, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Features -> (logits_BKHW at `size` = (H, W), penultimate_BDhw)."""
+        logits_BKhw, penultimate_BDhw = self.decoder(features.low_BCHW, features.high_BCHW)
+        return resize(logits_BKhw, size), penultimate_BDhw
+
+    def forward(self, images_B3HW: Tensor) -> Prediction:
+        """Prediction for RGB images in [0, 1], float, any size."""
+        features = self.encode(images_B3HW)
+        logits_BKHW, penultimate_BDhw = self.decode(features, images_B3HW.shape[-2:])
+        return Prediction(logits_BKHW, features, penultimate_BDhw)
+
+
+def build_segmentor(
+    config: ModelConfig,
+    num_classes: int,
+    heads_of: Callable[[int, int], dict[str, nn.Module]] | None,
+    seed: int,
+) -> Segmentor:
+    """The network with its first weights, on the CPU in float32.
+
+    Encoder, decoder and heads draw their first weights each from a stream of its own: the decoder starts alike
+    whatever the encoder's weights and whatever heads a method asks for. Global generators are left as they were.
+
+    Args:
+        config: `model.*`.
+        num_classes: K.
+        heads_of: (low_channels, high_channels) of the encoder -> extra heads by name; None = no heads.
+        seed: seed of the run; decides the first weights.
+
+    Raises:
+        ConfigError: unknown encoder, an output stride it does not have, weights that do not fit.
+    """
+    with _seeded(seed, "encoder"):
+        encoder = build_encoder(config.encoder, config.stem, config.output_stride)
+    load_encoder(encoder, config.encoder, config.weights)
+    low, high = encoder.low_channels, encoder.high_channels
+    rates = config.atrous_rates or _RATES[config.output_stride]
+    with _seeded(seed, "decoder"):
+        decoder = DeepLabV3Plus(low, high, num_classes, config.channels, config.low_channels, rates)
+    with _seeded(seed, "heads"):
+        heads = {} if heads_of is None else heads_of(low, high)
+    return Segmentor(encoder, decoder, heads, num_classes, frozen=config.batch_norm == "frozen")
+
+
+@contextmanager
+def _seeded(seed: int, part: str) -> Iterator[None]:
+    digest = hashlib.blake2b(f"{seed}/{part}".encode(), digest_size=7).digest()
+    with torch.random.fork_rng(devices=[]):
+        # torch.manual_seed would also seed the accelerators, which fork_rng does not restore
+        torch.default_generator.manual_seed(int.from_bytes(digest, "little"))
+        yield
