@@ -7,6 +7,7 @@ What belongs to one image travels in its `Item`.
 from __future__ import annotations
 
 import importlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,9 +51,12 @@ class Item:
 
 
 class Source(Protocol):
-    """A data set that `pack` can read. `root` is None for a source that makes its images."""
+    """A data set that `pack` can read."""
 
-    root: Path | None
+    @property
+    def root(self) -> Path | None:
+        """Folder of the data set, where `splits/` is looked for; None for a source that makes its images."""
+
     classes: tuple[str, ...]
     """Class names; a mask holds positions in this tuple."""
     palette: Palette
@@ -75,7 +79,7 @@ class Source(Protocol):
 class FileSource:
     """Base of sources whose images lie in files."""
 
-    root: Path | None
+    root: Path
 
     def image_bytes(self, item: Item) -> tuple[str, bytes]:
         """Suffix and bytes of the item's image file."""
@@ -140,9 +144,9 @@ def read_list(path: Path) -> list[str]:
     lines = [line for line in lines if line]
     if not lines:
         raise DataError(f"{path} must hold an id a line; got an empty file. Write the ids into it.")
-    if len(set(lines)) < len(lines):
-        twice = next(line for position, line in enumerate(lines) if line in set(lines[:position]))
-        raise DataError(f"{path} must name each id once; got {twice!r} twice. Remove the second line.")
+    twice = [line for line, count in Counter(lines).items() if count > 1]
+    if twice:
+        raise DataError(f"{path} must name each id once; got {listed(twice)} twice. Remove the second lines.")
     return lines
 
 

@@ -1,0 +1,154 @@
+"""Which sample of a source goes into which pool, and what is wrong with that choice before any image is decoded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from raysemi.data.shard import Entry, Stat
+from raysemi.data.sources import Item, Part, Source
+from raysemi.data.splits import labeled_keys
+from raysemi.errors import DataError
+
+POOLS = ("labeled", "unlabeled", "val")
+_FAULTS_SHOWN = 20
+
+
+def choose_entries(
+    source: Source,
+    *,
+    split: str | int | None,
+    pools: Collection[str],
+    keep_unlabeled_masks: bool,
+    escape_dots: bool,
+    seed: int,
+) -> dict[str, list[Entry]]:
+    """Entries of all three pools in the order of their keys, also of those that are not asked for.
+
+    Raises:
+        DataError: names every key that cannot be stored, every labeled image without a mask, every empty pool.
+    """
+    train = _items(source, "train", needed=bool({"labeled", "unlabeled"}.intersection(pools)))
+    val = _items(source, "val", needed="val" in pools)
+    labeled = labeled_keys(split, train, root=source.root, seed=seed, val=val) if train else set()
+    chosen = {
+        "labeled": [Entry(item.key, item, True) for item in train if item.key in labeled],
+        "unlabeled": [
+            Entry(item.key, item, keep_unlabeled_masks and item.has_mask) for item in train if item.key not in labeled
+        ],
+        "val": [Entry(item.key, item, True) for item in val],
+    }
+    faults: list[str] = []
+    for name in (name for name in POOLS if name in pools):
+        if not chosen[name]:
+            faults.append(
+                f"pool {name} must hold images; got none. Choose another --split, or leave it out with "
+                f"--pools {','.join(other for other in pools if other != name) or 'labeled'}."
+            )
+        faults += [
+            f"image {entry.key} of pool {name} must have a mask; got none. Add it or take the image out."
+            for entry in chosen[name]
+            if entry.with_mask and not entry.item.has_mask
+        ]
+        faults += key_faults([entry.key for entry in chosen[name]], escape_dots)
+    raise_faults(faults)
+    if escape_dots:
+        chosen = {
+            name: [Entry(entry.key.replace(".", "_"), entry.item, entry.with_mask) for entry in entries]
+            for name, entries in chosen.items()
+        }
+    return {name: sorted(entries, key=lambda entry: entry.key) for name, entries in chosen.items()}
+
+
+def _items(source: Source, part: Part, needed: bool) -> list[Item]:
+    try:
+        return source.items(part)
+    except DataError:
+        if needed:
+            raise
+        return []  # a part that is not packed need not be there
+
+
+def key_faults(keys: Sequence[str], escape_dots: bool) -> list[str]:
+    """What is wrong with keys: WebDataset ends a key at its first dot, and a key is a relative path.
+
+    Args:
+        keys: keys of one pool.
+        escape_dots: dots will be replaced by `_`; then two keys may not become one.
+    """
+    faults = []
+    stored: dict[str, str] = {}
+    for key in keys:
+        if not key.isprintable() or "\\" in key or {"", ".", ".."}.intersection(key.split("/")):
+            faults.append(f"key must be a plain relative path without `..`; got {key!r}. Rename the file.")
+        elif "." in key and not escape_dots:
+            faults.append(f"key must not hold a dot; got {key!r}. Rename the file or pass --escape-dots.")
+        other = stored.setdefault(key.replace(".", "_") if escape_dots else key, key)
+        if other != key:
+            faults.append(f"keys must differ after --escape-dots; got {other!r} and {key!r}. Rename one.")
+    return faults
+
+
+def file_stats(chosen: Mapping[str, Sequence[Entry]]) -> dict[Path, Stat]:
+    """Size and time of every file of the entries.
+
+    Raises:
+        DataError: names every file that cannot be looked at.
+    """
+    stats: dict[Path, Stat] = {}
+    faults = []
+    for entry in (entry for entries in chosen.values() for entry in entries):
+        for path in (entry.item.image, entry.item.mask if entry.with_mask else None):
+            if path is None:
+                continue
+            try:
+                stat = path.stat()
+                stats[path] = (stat.st_size, stat.st_mtime_ns)
+            except OSError as error:
+                faults.append(f"{path} must be readable; got {error}. Replace or remove it.")
+    raise_faults(faults)
+    return stats
+
+
+def same_images(chosen: Mapping[str, Sequence[Entry]], stats: Mapping[Path, Stat]) -> list[str]:
+    """Images with the same bytes in two pools. Only files of equal length are read."""
+    by_size: dict[int, list[tuple[str, str, Path]]] = defaultdict(list)
+    for name, entries in chosen.items():
+        for entry in entries:
+            if entry.item.image is not None:
+                by_size[stats[entry.item.image][0]].append((name, entry.key, entry.item.image))
+    faults = []
+    for alike in by_size.values():
+        if len({name for name, _, _ in alike}) < 2:
+            continue
+        first: dict[bytes, tuple[str, str]] = {}
+        for name, key, path in alike:
+            try:
+                digest = hashlib.blake2b(path.read_bytes()).digest()
+            except OSError as error:
+                faults.append(f"image {path} must be readable; got {error}. Replace or remove it.")
+                continue
+            other_name, other_key = first.setdefault(digest, (name, key))
+            if other_name != name:
+                faults.append(
+                    f"an image must be on one side of the split; got the same bytes as {other_key} of {other_name} and "
+                    f"{key} of {name}. Remove one, or pass --allow-same-images."
+                )
+    return faults
+
+
+def raise_faults(faults: Sequence[str], more: bool = False) -> None:
+    """Raise all faults as one error, the first 20 in words.
+
+    Args:
+        faults: may be empty; then nothing happens.
+        more: there may be others that were not looked for.
+    """
+    if not faults:
+        return
+    text = "\n".join(faults[:_FAULTS_SHOWN])
+    if len(faults) > _FAULTS_SHOWN or more:
+        text += f"\n{'at least ' if more else ''}{len(faults)} faults in all, the first {_FAULTS_SHOWN} shown"
+    raise DataError(text)

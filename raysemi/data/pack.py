@@ -1,0 +1,271 @@
+"""Turn a source into pools: `labeled/`, `unlabeled/` and `val/`.
+
+The shards are planned first (keys in order, a fixed number of samples each), then every shard is one task, so that the
+bytes do not depend on how many processes work. What is wrong is collected and told by name. The index and `pool.json`
+come last: a folder without them is unfinished, and the same command goes on with it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyarrow import fs
+
+from raysemi.data.choose import POOLS, choose_entries, file_stats, raise_faults, same_images
+from raysemi.data.pool import FORMAT_VERSION, INDEX_FILE, POOL_FILE, Pool, write_index
+from raysemi.data.shard import PARTS, Entry, ShardDone, ShardPlan, Stat, fingerprint, read_part, write_shard
+from raysemi.data.sources import Source
+from raysemi.errors import ConfigError, DataError
+
+SHARD_SAMPLES = 256
+"""Samples a shard: a pool of 10,000 images then spans more shards than the mixing window of the order needs."""
+
+_FAULTS_WANTED = 20
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class PoolPlan:
+    """One pool to write: its shards in order, and a name for what they will hold."""
+
+    name: str
+    folder: Path
+    shards: tuple[ShardPlan, ...]
+    plan: str
+    samples: int
+
+
+def pack(
+    source: Source,
+    out: str | Path,
+    *,
+    split: str | int | None = None,
+    pools: Sequence[str] = POOLS,
+    processes: int | None = None,
+    shard_samples: int = SHARD_SAMPLES,
+    keep_unlabeled_masks: bool = False,
+    escape_dots: bool = False,
+    allow_same_images: bool = False,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Pool]:
+    """Write the pools of a source.
+
+    Args:
+        source: from `sources.open_source`.
+        out: local folder; each pool becomes a folder in it.
+        split: which train images are labeled: name, file or number (`splits.labeled_keys`); None: all with a mask.
+        pools: which of labeled, unlabeled, val to write.
+        processes: default: one a CPU core. The bytes written do not depend on it.
+        shard_samples: samples a shard.
+        keep_unlabeled_masks: store the masks of unlabeled images, for measuring alone.
+        escape_dots: replace dots in keys by `_` instead of refusing them.
+        allow_same_images: accept images with the same bytes in two pools.
+        seed: of the draw when `split` is a number.
+        progress: called with (samples done, samples in all).
+
+    Returns:
+        The pools by name.
+
+    Raises:
+        ConfigError: an argument is out of range.
+        DataError: the source, the split or the disk; the text holds up to 20 faults. Finished shards stay, and the
+            same call goes on with them.
+    """
+    _check_arguments(out, pools, processes, shard_samples)
+    chosen = choose_entries(
+        source,
+        split=split,
+        pools=pools,
+        keep_unlabeled_masks=keep_unlabeled_masks,
+        escape_dots=escape_dots,
+        seed=seed,
+    )
+    stats = file_stats(chosen)
+    if not allow_same_images:
+        raise_faults(same_images(chosen, stats))
+    settings = _settings(source, shard_samples)
+    plans = [
+        _plan(name, Path(out).expanduser().absolute(), chosen[name], stats, settings, shard_samples)
+        for name in POOLS
+        if name in pools
+    ]
+    open_plans = [plan for plan in plans if not _complete(plan)]
+    for plan in open_plans:
+        _prepare(plan)
+    _check_space(open_plans, stats)
+
+    total = sum(plan.samples for plan in plans)
+    done = total - sum(plan.samples for plan in open_plans)
+    faults: list[tuple[Path, tuple[str, ...]]] = []
+    if progress is not None:
+        progress(done, total)
+    tasks = [shard for plan in open_plans for shard in plan.shards]
+    more = False
+    with closing(_run(source, tasks, min(processes or len(_cores()), len(tasks)))) as results:
+        for count, (shard, result) in enumerate(results, start=1):
+            done += result.samples
+            if result.faults:
+                faults.append((shard.path, result.faults))
+            if progress is not None:
+                progress(done, total)
+            if sum(len(texts) for _, texts in faults) >= _FAULTS_WANTED and count < len(tasks):
+                more = True
+                break
+    raise_faults([text for _, texts in sorted(faults) for text in texts], more)
+
+    made: dict[str, Any] = {"source": type(source).__name__.lower()}
+    if split is not None:
+        made |= {"split": Path(str(split)).stem} | ({"seed": seed} if str(split).isdecimal() else {})
+    if recipe := getattr(source, "recipe", None):
+        made["recipe"] = recipe
+    for plan in open_plans:
+        _finish(plan, source, made)
+    return {plan.name: Pool.open(plan.folder) for plan in plans}
+
+
+def _cores() -> Sequence[int]:
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+
+
+def _check_arguments(out: str | Path, pools: Sequence[str], processes: int | None, shard_samples: int) -> None:
+    faults = []
+    if "://" in str(out):
+        faults.append(f"--out must be a local folder; got {out}. Pack locally and copy the pools to the object store.")
+    if not pools or set(pools) - set(POOLS):
+        faults.append(f"--pools must be of {', '.join(POOLS)}; got {', '.join(pools) or 'none'}. Correct the names.")
+    if processes is not None and processes < 1:
+        faults.append(f"--processes must be at least 1; got {processes}. Raise it.")
+    if shard_samples < 1:
+        faults.append(f"--shard-samples must be at least 1; got {shard_samples}. Raise it.")
+    if faults:
+        raise ConfigError(faults)
+
+
+def _settings(source: Source, shard_samples: int) -> str:
+    """What besides the files decides the bytes; without paths, so that it is the same on another machine."""
+    own = {name: value for name, value in source.__getstate__().items() if not isinstance(value, Path)}  # type: ignore[attr-defined]
+    return repr((FORMAT_VERSION, type(source).__name__, source.classes, source.palette, shard_samples, own))
+
+
+def _plan(
+    name: str, out: Path, entries: Sequence[Entry], stats: Mapping[Path, Stat], settings: str, shard_samples: int
+) -> PoolPlan:
+    shards = []
+    for number, start in enumerate(range(0, len(entries), shard_samples)):
+        own = tuple(entries[start : start + shard_samples])
+        shards.append(ShardPlan(out / name / f"{name}-{number:06d}.tar", own, fingerprint(settings, own, stats)))
+    # a copy of the data set has other times: the finished pool is known by names and sizes
+    plan = fingerprint(settings, entries, {path: (size, 0) for path, (size, _) in stats.items()})
+    return PoolPlan(name, out / name, tuple(shards), plan, len(entries))
+
+
+def _complete(plan: PoolPlan) -> bool:
+    """Whether this very pool is there already; refuses to touch another one."""
+    if not (plan.folder / POOL_FILE).exists():
+        return False
+    if Pool.open(plan.folder).made.get("plan") != plan.plan:
+        raise DataError(
+            f"{plan.folder} must be free for this pool; got another finished pool there. Choose another --out or "
+            f"remove the folder."
+        )
+    shutil.rmtree(plan.folder / PARTS, ignore_errors=True)
+    return True
+
+
+def _prepare(plan: PoolPlan) -> None:
+    """Make the pool's folder; of an interrupted run with another plan, remove what does not belong to this one."""
+    own = re.compile(rf"{plan.name}-\d{{6}}\.tar(\.part)?|{re.escape(INDEX_FILE)}|{re.escape(PARTS)}|.*\.parquet\.part")
+    planned = {shard.path.name for shard in plan.shards}
+    try:
+        present = list(plan.folder.iterdir()) if plan.folder.exists() else []
+        foreign = [path.name for path in present if not own.fullmatch(path.name)]
+        if foreign or (present and not (plan.folder / PARTS).is_dir()):
+            raise DataError(
+                f"{plan.folder} must be empty or hold an unfinished pool; got {(foreign or [present[0].name])[0]}. "
+                f"Choose another --out."
+            )
+        for path in present:
+            if path.is_file() and path.name not in planned:
+                path.unlink()
+        (plan.folder / PARTS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{plan.folder} must be writable; got {error}. Choose another --out.") from error
+
+
+def _check_space(plans: Sequence[PoolPlan], stats: Mapping[Path, Stat]) -> None:
+    missing = [shard for plan in plans for shard in plan.shards if not shard.part.exists()]
+    needed = sum(stats[entry.item.image][0] for shard in missing for entry in shard.entries if entry.item.image)
+    free = shutil.disk_usage(plans[0].folder).free if plans else needed
+    if needed > free:
+        raise DataError(
+            f"the disk of {plans[0].folder.parent} must have room for {needed / 1e9:.1f} GB; got {free / 1e9:.1f} GB. "
+            f"Free some space or choose another --out."
+        )
+
+
+def _run(
+    source: Source, tasks: Sequence[ShardPlan], processes: int
+) -> Generator[tuple[ShardPlan, ShardDone], None, None]:
+    """Results of `write_shard` as they come. Closing it lets the shards that are being written end, and no others."""
+    if processes <= 1:
+        for task in tasks:
+            yield task, write_shard(source, task)
+        return
+    # fork would copy the threads' locks of pyarrow and torch; a fork server has none and imports only once
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([write_shard.__module__, "webdataset"])
+    executor = ProcessPoolExecutor(processes, mp_context=context, initializer=_ignore_interrupt)
+    waiting = list(reversed(tasks))
+    running: dict[Future[ShardDone], ShardPlan] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < 2 * processes:  # tasks hold annotations: only a few at a time
+                task = waiting.pop()
+                running[executor.submit(write_shard, source, task)] = task
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a process of pack must live until its shard is written; got one that was killed, often for lack of "
+            "memory. Run the same command again with fewer --processes: finished shards stay."
+        ) from error
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _ignore_interrupt() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process: the first one decides
+
+
+def _finish(plan: PoolPlan, source: Source, made: Mapping[str, Any]) -> None:
+    """Index and `pool.json` from the part files, which then go."""
+    shards, rows = [], []
+    for shard_plan in plan.shards:
+        part = read_part(shard_plan)
+        if part is None:
+            raise DataError(f"{shard_plan.path} must stay until pack is done; it has changed. Run the command again.")
+        shards.append(part[0])
+        rows += part[1]
+    write_index(
+        fs.LocalFileSystem(),
+        str(plan.folder),
+        rows=rows,
+        shards=shards,
+        classes=source.classes,
+        palette=source.palette,
+        made={**made, "plan": plan.plan},
+    )
+    shutil.rmtree(plan.folder / PARTS)

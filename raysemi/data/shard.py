@@ -1,0 +1,260 @@
+"""One shard: a fixed run of samples, checked one by one and written as a tar file that is the same on every machine.
+
+A shard appears under its name only when it is complete; beside it a part file keeps its rows until the pool is done, so
+that an interrupted `pack` goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from raysemi.data.pool import IMAGE_SUFFIXES, MASK_SUFFIX, NOT_ANNOTATED, Shard, file_sha256
+from raysemi.data.sources import Item, Source
+from raysemi.errors import DataError
+
+PARTS = ".parts"
+_EXIF_ORIENTATION = 0x0112
+
+Stat = tuple[int, int]
+"""Size in bytes and time of change in nanoseconds of a file."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A sample that is planned: its key in the pool, where it comes from, and whether its mask is stored."""
+
+    key: str
+    item: Item
+    with_mask: bool
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """What goes into one shard. `fingerprint` changes when the entries, their files or the source's settings do."""
+
+    path: Path
+    entries: tuple[Entry, ...]
+    fingerprint: str
+
+    @property
+    def part(self) -> Path:
+        """Where the rows of the finished shard are kept until the pool is complete."""
+        return self.path.parent / PARTS / f"{self.path.stem}.json"
+
+
+@dataclass(frozen=True)
+class ShardDone:
+    """A finished shard, or the faults that kept it from being written."""
+
+    samples: int
+    faults: tuple[str, ...] = field(default=())
+
+
+def write_shard(source: Source, plan: ShardPlan) -> ShardDone:
+    """Write a shard and its part file, unless both are there already.
+
+    Args:
+        source: reads images and masks.
+        plan: what to write and where.
+
+    Returns:
+        The shard's samples; with faults, each naming its key, nothing is written.
+
+    Raises:
+        DataError: the shard cannot be stored, for example because the disk is full.
+    """
+    if _finished(plan):
+        return ShardDone(len(plan.entries))
+    import webdataset as wds  # imports torch: seconds that only a process that writes should pay
+
+    rows: list[dict[str, Any]] = []
+    faults: list[str] = []
+    beside = plan.path.with_name(f"{plan.path.name}.part")
+    try:
+        with beside.open("wb") as file:
+            # fixed owner, mode and time: the same samples give the same bytes
+            with wds.TarWriter(file, encoder=False, user="", group="", mtime=0, format="PAX_FORMAT") as tar:
+                for entry in plan.entries:
+                    try:
+                        sample, row = _sample(source, entry)
+                    except DataError as error:
+                        faults.append(str(error))
+                        continue
+                    if not faults:
+                        tar.write(sample)
+                        rows.append(row)
+            file.flush()
+            os.fsync(file.fileno())
+        if faults:
+            return ShardDone(len(plan.entries), tuple(faults))
+        with beside.open("rb") as file:
+            size, sha256 = file_sha256(file)
+            file.seek(0)
+            _add_offsets(rows, file)
+        for row in rows:
+            row["shard"] = plan.path.name
+        part = {"fingerprint": plan.fingerprint, "bytes": size, "sha256": sha256, "rows": rows}
+        beside.replace(plan.path)
+        _replace(plan.part, json.dumps(part).encode())
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DataError(
+                f"the disk of {plan.path.parent} must have room for {plan.path.name}; got {error.strerror}. Free some "
+                f"space and run the same command again: finished shards stay."
+            ) from error
+        raise DataError(f"{plan.path} must be writable; got {error}. Check --out.") from error
+    finally:
+        beside.unlink(missing_ok=True)
+    return ShardDone(len(plan.entries))
+
+
+def read_part(plan: ShardPlan) -> tuple[Shard, list[dict[str, Any]]] | None:
+    """The shard and its rows when it was written before and is still what the plan says; otherwise None."""
+    try:
+        part = json.loads(plan.part.read_bytes())
+        if part["fingerprint"] != plan.fingerprint or plan.path.stat().st_size != part["bytes"]:
+            return None
+        return Shard(plan.path.name, len(part["rows"]), part["bytes"], part["sha256"]), part["rows"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _finished(plan: ShardPlan) -> bool:
+    part = read_part(plan)
+    if part is None:
+        return False
+    with plan.path.open("rb") as file:  # after a power cut a file may have its length but not its bytes
+        return file_sha256(file)[1] == part[0].sha256
+
+
+def fingerprint(settings: str, entries: Sequence[Entry], stats: Mapping[Path, Stat]) -> str:
+    """Name of what goes into a shard: settings, keys, notes, and the stat of each file."""
+    digest = hashlib.blake2b(settings.encode(), digest_size=16)
+    for entry in entries:
+        files = (entry.item.image, entry.item.mask if entry.with_mask else None)
+        marks = [stats[path] for path in files if path is not None]
+        digest.update(repr((entry.key, entry.with_mask, marks, entry.item.note)).encode())
+    return digest.hexdigest()
+
+
+def _sample(source: Source, entry: Entry) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A WebDataset sample and its row; faults name the key and, where there is one, the file."""
+    name = f"{entry.key} ({entry.item.image})" if entry.item.image is not None else entry.key
+    try:
+        suffix, image = source.image_bytes(entry.item)
+    except OSError as error:
+        raise DataError(f"image of {name} must be readable; got {error}. Replace or remove it.") from error
+    if suffix not in IMAGE_SUFFIXES:
+        raise DataError(f"image of {name} must be one of {', '.join(IMAGE_SUFFIXES)}; got {suffix}. Convert it.")
+    height, width = check_image(image, name)
+    row: dict[str, Any] = {"key": entry.key, "height": height, "width": width, "class_pixels": None}
+    sample: dict[str, Any] = {"__key__": entry.key, suffix: image}
+    if entry.with_mask:
+        try:
+            mask = source.mask(entry.item)
+        except DataError as error:
+            raise DataError(f"mask of {entry.key}: {error}") from error
+        if mask is None:
+            raise DataError(f"labeled image {name} must have a mask; got none. Add it or take it from the split.")
+        row["class_pixels"] = check_mask(mask, (height, width), len(source.classes), name)
+        sample[MASK_SUFFIX] = _png(mask)
+    return sample, row
+
+
+def check_image(image: bytes, name: str) -> tuple[int, int]:
+    """Height and width of an encoded image that can be decoded to its end and stands upright.
+
+    Raises:
+        DataError: unreadable, cut short, more than 8 bits a channel, or with an EXIF rotation.
+    """
+    try:
+        with Image.open(io.BytesIO(image)) as opened:
+            width, height = opened.size
+            mode = opened.mode
+            opened.draft(None, (max(width // 8, 1), max(height // 8, 1)))  # JPEG: every byte is read, few are painted
+            opened.load()
+            turn = opened.getexif().get(_EXIF_ORIENTATION, 1)
+    except Exception as error:  # a broken file can raise anything
+        raise DataError(f"image of {name} must be readable to its end; got {error}. Replace or remove it.") from error
+    if mode.startswith(("I", "F")):
+        raise DataError(f"image of {name} must have 8 bits a channel; got mode {mode}. Convert it to RGB.")
+    if turn not in (0, 1):
+        raise DataError(
+            f"image of {name} must stand upright; got EXIF orientation {turn}. Rotate image and mask for good and "
+            f"remove the tag, for example with `mogrify -auto-orient`."
+        )
+    return height, width
+
+
+def check_mask(mask: NDArray[np.uint8], size: tuple[int, int], num_classes: int, name: str) -> list[int]:
+    """Pixels of each class in a mask.
+
+    Raises:
+        DataError: another size than the image's, or a value that is neither a class nor 255.
+    """
+    if mask.shape != size:
+        own = " x ".join(str(side) for side in mask.shape[::-1])
+        raise DataError(
+            f"mask of {name} must have the image's size {size[1]} x {size[0]}; got {own}. Make it again or remove it."
+        )
+    pixels = np.bincount(mask.ravel(), minlength=NOT_ANNOTATED + 1)
+    unknown = [int(value) for value in np.flatnonzero(pixels[:NOT_ANNOTATED]) if value >= num_classes]
+    if unknown:
+        raise DataError(
+            f"mask of {name} must hold classes 0 to {num_classes - 1} or {NOT_ANNOTATED}; got class id "
+            f"{', '.join(map(str, unknown[:5]))} of {num_classes}. Correct the mask or the class list."
+        )
+    return [int(count) for count in pixels[:num_classes]]
+
+
+def _png(mask: NDArray[np.uint8]) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(mask).save(stream, "PNG", compress_level=6)
+    return stream.getvalue()
+
+
+def members(file: IO[bytes], name: str) -> Iterator[tarfile.TarInfo]:
+    """Members of a tar file that is whole: `offset_data` and `size` say where each payload lies.
+
+    Raises:
+        DataError: not a plain tar file, or cut short, even where the cut falls between two members.
+    """
+    end = 0
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                yield member
+                end = member.offset_data + (member.size + 511) // 512 * 512
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise DataError(f"shard {name} must be a whole, uncompressed tar file; got {error}. Copy it again.") from error
+    file.seek(end)
+    if file.read(512) != bytes(512):
+        raise DataError(f"shard {name} must end with an end-of-archive block; it is cut short. Copy it again.")
+
+
+def _add_offsets(rows: list[dict[str, Any]], file: IO[bytes]) -> None:
+    found = {member.name: (member.offset_data, member.size) for member in members(file, "just written")}
+    for row in rows:
+        key = row["key"]
+        images = (found.get(f"{key}.{suffix}") for suffix in IMAGE_SUFFIXES)
+        row["image_offset"], row["image_bytes"] = next(place for place in images if place is not None)
+        row["mask_offset"], row["mask_bytes"] = found.get(f"{key}.{MASK_SUFFIX}", (None, None))
+
+
+def _replace(path: Path, content: bytes) -> None:
+    beside = path.with_name(f"{path.name}.part")
+    beside.write_bytes(content)
+    beside.replace(path)
