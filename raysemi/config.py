@@ -1,0 +1,201 @@
+"""The whole config of a run: the components' own configs composed, and the rules that join two of them.
+
+Everything below this file sees its own part alone. A rule names the dotted path that a person would edit.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+
+from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
+
+from raysemi.base import Config
+from raysemi.data.loader import DataConfig
+from raysemi.engine.evaluate import EvalConfig
+from raysemi.engine.optim import OptimConfig
+from raysemi.engine.trainer import TrainConfig
+from raysemi.errors import ConfigError
+from raysemi.methods import METHODS
+from raysemi.models.segmentor import ModelConfig
+
+
+class WeightingConfig(Config):
+    """`weighting.*`: factors on pseudo-labeled pixels."""
+
+    name: Literal["none"] = "none"
+    """none: every trusted pixel counts as its method says."""
+
+
+class GradientsConfig(Config):
+    """`gradients.*`: how the supervised and the unsupervised side become one direction."""
+
+    name: Literal["uniform"] = "uniform"
+    """uniform: the published sum of the terms."""
+
+
+class RayConfig(Config):
+    """`ray.*`: the workers. It stands here because the config is read where Ray need not be installed."""
+
+    num_workers: int = Field(1, ge=1)
+    """Ranks; divides both batches."""
+    use_gpu: bool | Literal["auto"] = "auto"
+    """One GPU a worker; auto: when there are enough."""
+    cpus_per_worker: int | Literal["auto"] = "auto"
+    """CPU cores, and so threads, a worker; auto: an equal share of this machine, 1 on a cluster with an address."""
+    storage: str | None = None
+    """Folder or URL for Ray Train's own small files, seen by all nodes; None = a temporary folder. Checkpoints lie in
+    the run folder."""
+    max_failures: int = Field(3, ge=0)
+    """Times that dead workers are started again, from the last checkpoint; mistakes in settings or data end the run
+    at once."""
+    address: str | None = None
+    """Cluster to join (`auto`, `ray://host:10001`); None = the one of RAY_ADDRESS, else a new one on this machine."""
+
+
+if TYPE_CHECKING:
+    AnyMethodConfig = Any
+else:
+    _CONFIGS = tuple(config for config, _ in METHODS.values())
+    AnyMethodConfig = Annotated[Union[_CONFIGS], Field(discriminator="name")]  # noqa: UP007 - made from the registry
+
+AnyRayConfig = Annotated[
+    Annotated[RayConfig, Tag("cluster")] | Annotated[Literal["none"], Tag("none")],
+    Discriminator(lambda value: "none" if isinstance(value, str) else "cluster"),
+]
+
+
+class RunConfig(Config):
+    """A run, complete: what `config.yaml` in the run folder holds."""
+
+    run: str = Field(min_length=1)
+    """Run folder: a local path or a URL; the same command with the same folder goes on where it stopped."""
+    seed: int = Field(0, ge=0)
+    """Seed of every draw: weights, order, views, dropout."""
+    data: DataConfig = DataConfig()
+    """Pools and views."""
+    model: ModelConfig = ModelConfig()
+    """The network."""
+    method: AnyMethodConfig
+    """The method, chosen by `method.name`."""
+    weighting: WeightingConfig = WeightingConfig()
+    """Weights of pseudo-labeled pixels."""
+    gradients: GradientsConfig = GradientsConfig()
+    """The gradient rule."""
+    train: TrainConfig = TrainConfig()
+    """Steps, batches, strategy."""
+    optim: OptimConfig = OptimConfig()
+    """Optimizer and schedule."""
+    eval: EvalConfig = EvalConfig()
+    """Evaluation."""
+    ray: AnyRayConfig = RayConfig()
+    """Ray's workers; `none`: this process, or the ranks that torchrun started."""
+
+    @model_validator(mode="after")
+    def _rules_across_components(self) -> RunConfig:
+        faults = broken_rules({name: getattr(self, name) for name in type(self).model_fields})
+        if faults:
+            raise ConfigError(faults)
+        return self
+
+
+def broken_rules(parts: Mapping[str, Any]) -> list[str]:
+    """Faults of the rules that join components.
+
+    Args:
+        parts: the sections that are valid by themselves, by name; a rule about a missing one is passed over.
+    """
+    faults: list[str] = []
+    for rule in _RULES:
+        needed = list(inspect.signature(rule).parameters)
+        if all(name in parts for name in needed):
+            faults.extend(rule(**{name: parts[name] for name in needed}))
+    for name, part in parts.items():
+        faults.extend(_secrets(name, part.model_dump() if isinstance(part, BaseModel) else part))
+    return faults
+
+
+def check_world(config: RunConfig, world: int) -> None:
+    """Refuses a number of ranks that the run cannot be spread over.
+
+    Raises:
+        ConfigError: a batch cannot be divided, or the strategy is for one rank.
+    """
+    faults = list(_shares(config.train, config.method, config.data, world))
+    if faults:
+        raise ConfigError(faults)
+
+
+def uses_unlabeled(method: Any, data: DataConfig) -> bool:
+    """Whether a run of this method on these pools has unlabeled images in its batches."""
+    return data.unlabeled is not None and _learner(method).strong_views > 0
+
+
+def _learner(method: Any) -> Any:
+    return METHODS[method.name][1]
+
+
+def _stop_within_steps(train: TrainConfig) -> Iterator[str]:
+    if train.stop_at is not None and train.stop_at > train.steps:
+        yield (
+            f"train.stop_at must be at most train.steps ({train.steps}); got {train.stop_at}. "
+            "Lower it, or raise train.steps for a longer run."
+        )
+
+
+def _pools_are_named(data: DataConfig, method: Any) -> Iterator[str]:
+    for name in ("labeled", "val"):
+        if not getattr(data, name):
+            yield f"data.{name} must name a pool; got nothing. Make one with `raysemi pack` and add data.{name}=FOLDER."
+    learner = _learner(method)
+    if learner.strong_views > 0 and data.unlabeled is None and not getattr(learner, "unlabeled_optional", False):
+        yield (
+            f"data.unlabeled must name a pool for method {method.name}; got nothing. "
+            "Add data.unlabeled=FOLDER, or set method=supervised."
+        )
+
+
+def _ranks_fit(train: TrainConfig, method: Any, data: DataConfig, ray: RayConfig | Literal["none"]) -> Iterator[str]:
+    if isinstance(ray, RayConfig):
+        yield from _shares(train, method, data, ray.num_workers)
+
+
+def _shares(train: TrainConfig, method: Any, data: DataConfig, world: int) -> Iterator[str]:
+    if train.strategy == "single" and world > 1:
+        yield f"train.strategy must be ddp on {world} ranks; got single. Set train.strategy=auto or use one rank."
+    labeled, unlabeled = train.batch.labeled, train.batch.unlabeled
+    if labeled % world:
+        yield (
+            f"train.batch.labeled must be divisible by the number of ranks, {world}; got {labeled}. "
+            f"Set it to {_next_multiple(labeled, world)}, or use another number of ranks."
+        )
+    # CutMix partners are neighbouring slots and stay on one rank: an odd share would tear a pair apart.
+    if uses_unlabeled(method, data) and unlabeled % (2 * world):
+        yield (
+            f"train.batch.unlabeled must be divisible by twice the number of ranks, 2 x {world}, since neighbouring "
+            f"images are mixed in pairs; got {unlabeled}. Set it to {_next_multiple(unlabeled, 2 * world)}, or use "
+            "another number of ranks."
+        )
+
+
+def _next_multiple(value: int, of: int) -> int:
+    return -(-value // of) * of
+
+
+_SECRET = re.compile(r"://[^/@\s]*:[^/@\s]+@|[?&](secret_key|access_key|password|token|session_token)=", re.IGNORECASE)
+
+
+def _secrets(path: str, value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _secrets(f"{path}.{key}", inner)
+    elif isinstance(value, str) and _SECRET.search(value):
+        yield (
+            f"{path} must not hold a password or key, because config.yaml is written out; got a URL with one. "
+            "Give credentials by environment variables or the cloud's own configuration."
+        )
+
+
+_RULES = (_stop_within_steps, _pools_are_named, _ranks_fit)
