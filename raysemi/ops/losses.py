@@ -1,17 +1,26 @@
 """Per-pixel losses as sums with their normalisers, so that N ranks give exactly what one rank gives.
 
-Axes: B images, K classes, H x W pixels.
+All losses run in fp32, or in fp64 where the logits are fp64. Axes: B images, K classes, H x W pixels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
+import torch
+from pydantic import Field
 from torch import Tensor
+from torch.nn import functional as F
+
+from raysemi.base import Config, choices, search
+from raysemi.errors import ConfigError
 
 IGNORE = 255
 """Label of a pixel that is never scored: not annotated, or padding."""
+
+_BINS = 2048
 
 
 @dataclass(frozen=True)
@@ -30,3 +39,228 @@ class Objective:
     """Coefficient in the published total."""
     side: Literal["supervised", "unsupervised"]
     """Which of the two gradients of the Pareto rule it belongs to; a term over both kinds of image is unsupervised."""
+
+
+def supervised(pair: tuple[Tensor, Tensor], weight: float) -> Objective:
+    """A term over labeled images, from a loss's (total, normaliser)."""
+    return Objective(pair[0], pair[1], weight, "supervised")
+
+
+def unsupervised(pair: tuple[Tensor, Tensor], weight: float) -> Objective:
+    """A term in which unlabeled images take part, from a loss's (total, normaliser)."""
+    return Objective(pair[0], pair[1], weight, "unsupervised")
+
+
+class SumsOverRanks(Protocol):
+    """Whoever can add a tensor up over all ranks."""
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum over ranks, same shape and dtype."""
+        ...
+
+
+class Criterion(Config):
+    """Loss of labeled pixels: `method.criterion.*`."""
+
+    name: Literal["ce", "ohem"] = Field("ce", json_schema_extra=choices(["ce", "ohem"]))
+    """ce: cross-entropy over all annotated pixels. ohem: over the hard ones alone (the papers', on Cityscapes)."""
+    threshold: float = Field(0.7, ge=0.0, lt=1.0, json_schema_extra=search(0.5, 0.9))
+    """ohem: a pixel whose true class has at most this probability is always kept."""
+    min_kept: int = Field(100_000, ge=0, json_schema_extra={"unit": "pixels"})
+    """ohem: pixels kept at least; fewer annotated ones than this: all of them. Scope `global`: of the global batch
+    (the papers state it for each of 4 workers: 4 times their number). Scope `local`: of `min_kept_of` pixels."""
+    min_kept_of: int = Field(2 * 769 * 769, ge=1, json_schema_extra={"unit": "pixels"})
+    """ohem, scope `local`: the worker batch for which `min_kept` was chosen; a rank of another size keeps the same
+    share. 100,000 goes with 2 crops of 769 x 769, 200,000 with 2 of 801 x 801 (1283202)."""
+    scope: Literal["global", "local"] = "global"
+    """ohem: `global` selects over all ranks, so that their number changes nothing; `local` on each rank by itself, as
+    the papers' code does."""
+
+
+def pixel_cross_entropy(
+    logits_BKHW: Tensor, labels_BHW: Tensor, *, counted_BHW: Tensor | None = None, weight_BHW: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy per pixel: sum over counted pixels of weight * -log softmax(logits)[label], and their number.
+
+    Args:
+        logits_BKHW: class scores.
+        labels_BHW: class index 0..K-1; a pixel with `IGNORE` adds 0 to the sum.
+        counted_BHW: bool, pixels that are summed and counted; default: those whose label is not `IGNORE`.
+        weight_BHW: factor of each pixel, bool or real, without gradient; default 1. Does not enter the count.
+
+    Returns:
+        (sum with gradient, number of counted pixels), two scalars.
+    """
+    loss_BHW = _cross_entropy_map(logits_BKHW, labels_BHW, IGNORE)
+    counted_BHW = labels_BHW != IGNORE if counted_BHW is None else counted_BHW
+    factor_BHW = counted_BHW.to(loss_BHW.dtype)
+    if weight_BHW is not None:
+        factor_BHW = factor_BHW * weight_BHW.detach()
+    return (loss_BHW * factor_BHW).sum(), _count(counted_BHW, loss_BHW.dtype)
+
+
+def soft_cross_entropy(logits_BKHW: Tensor, target_BKHW: Tensor, kept_BHW: Tensor) -> Tensor:
+    """Cross-entropy to a distribution: sum over kept pixels of -sum_k target_k log softmax(logits)_k.
+
+    Args:
+        logits_BKHW: class scores.
+        target_BKHW: probabilities over K, taken without gradient.
+        kept_BHW: bool, or a real factor of each pixel.
+    """
+    logits_BKHW = _at_least_fp32(logits_BKHW)
+    target_BKHW = target_BKHW.detach().to(logits_BKHW.dtype)
+    loss_BHW = F.cross_entropy(logits_BKHW, target_BKHW, reduction="none")
+    return (loss_BHW * kept_BHW.to(loss_BHW.dtype)).sum()
+
+
+def kl_divergence(logits_BKHW: Tensor, target_BKHW: Tensor, kept_BHW: Tensor) -> Tensor:
+    """Sum over kept pixels of sum_k target_k (log target_k - log softmax(logits)_k), with 0 log 0 = 0.
+
+    Args:
+        logits_BKHW: class scores.
+        target_BKHW: probabilities over K, taken without gradient.
+        kept_BHW: bool, or a real factor of each pixel.
+    """
+    log_probability_BKHW = _at_least_fp32(logits_BKHW).log_softmax(dim=1)
+    target_BKHW = target_BKHW.detach().to(log_probability_BKHW.dtype)
+    loss_BHW = F.kl_div(log_probability_BKHW, target_BKHW, reduction="none").sum(dim=1)
+    return (loss_BHW * kept_BHW.to(loss_BHW.dtype)).sum()
+
+
+def ohem_cross_entropy(
+    logits_BKHW: Tensor,
+    labels_BHW: Tensor,
+    threshold: float = 0.7,
+    min_kept: int = 100_000,
+    ignore_index: int = IGNORE,
+) -> Tensor:
+    """Mean cross-entropy over the hard pixels of this batch.
+
+    With p the probability of a pixel's true class: kept are the pixels with p <= max(threshold, p_(min_kept)), where
+    p_(k) is the k-th smallest p (ignored pixels rank as 1); all annotated ones when they are fewer than `min_kept`.
+
+    Args:
+        logits_BKHW: class scores.
+        labels_BHW: class index, or `ignore_index`.
+        threshold: in [0, 1).
+        min_kept: pixels.
+        ignore_index: label of pixels that are neither ranked nor kept.
+
+    Returns:
+        Scalar with gradient; 0 when no pixel is annotated.
+
+    Raises:
+        ConfigError: threshold or min_kept out of range.
+
+    Source: Shrivastava et al. 2016, arXiv:1604.03540, in the form of the segmentation papers' code.
+    """
+    _check_ohem(threshold, min_kept)
+    loss_BHW = _cross_entropy_map(logits_BKHW, labels_BHW, ignore_index)
+    annotated_BHW = labels_BHW != ignore_index
+    kept_BHW = _keep_exactly(_true_probability(loss_BHW), annotated_BHW, threshold, min_kept)
+    return (loss_BHW * kept_BHW).sum() / _count(kept_BHW, loss_BHW.dtype).clamp(min=1)
+
+
+def ohem_keep(
+    logits_BKHW: Tensor,
+    labels_BHW: Tensor,
+    threshold: float = 0.7,
+    min_kept: int = 100_000,
+    ignore_index: int = IGNORE,
+    sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The hard pixels, chosen with one limit for all ranks.
+
+    As in `ohem_cross_entropy`, but p_(min_kept) is the upper end of its bin in a histogram of 2,048 bins over
+    (threshold, 1], summed over ranks: on any number of ranks the same pixels are kept, at most one bin more than the
+    exact value would keep.
+
+    Args:
+        logits_BKHW: class scores of this rank.
+        labels_BHW: class index, or `ignore_index`.
+        threshold: in [0, 1).
+        min_kept: pixels, over all ranks together.
+        ignore_index: label of pixels that are neither ranked nor kept.
+        sum_over_ranks: adds an int64 tensor up over ranks; default: this is the only rank.
+
+    Returns:
+        bool [B, H, W] on the logits' device, made without a host wait.
+
+    Raises:
+        ConfigError: threshold or min_kept out of range.
+    """
+    _check_ohem(threshold, min_kept)
+    with torch.no_grad():
+        loss_BHW = _cross_entropy_map(logits_BKHW, labels_BHW, ignore_index)
+        annotated_BHW = labels_BHW != ignore_index
+        return _keep_by_histogram(_true_probability(loss_BHW), annotated_BHW, threshold, min_kept, sum_over_ranks)
+
+
+def labeled_loss(
+    criterion: Criterion, logits_BKHW: Tensor, labels_BHW: Tensor, across: SumsOverRanks
+) -> tuple[Tensor, Tensor]:
+    """The loss of labeled images by a criterion: (sum with gradient, number of pixels it is the mean over)."""
+    if criterion.name == "ce":
+        return pixel_cross_entropy(logits_BKHW, labels_BHW)
+    loss_BHW = _cross_entropy_map(logits_BKHW, labels_BHW, IGNORE)
+    true_BHW, annotated_BHW = _true_probability(loss_BHW), labels_BHW != IGNORE
+    if criterion.scope == "global":
+        kept_BHW = _keep_by_histogram(true_BHW, annotated_BHW, criterion.threshold, criterion.min_kept, across.sum)
+    else:
+        min_kept = round(criterion.min_kept * labels_BHW.numel() / criterion.min_kept_of)
+        kept_BHW = _keep_exactly(true_BHW, annotated_BHW, criterion.threshold, min_kept)
+    return (loss_BHW * kept_BHW).sum(), _count(kept_BHW, loss_BHW.dtype)
+
+
+def _check_ohem(threshold: float, min_kept: int) -> None:
+    faults = []
+    if not 0.0 <= threshold < 1.0:
+        faults.append(f"threshold must lie in [0, 1); got {threshold}. The papers use 0.7.")
+    if min_kept < 0:
+        faults.append(f"min_kept must be 0 or more pixels; got {min_kept}. The papers use 100000 or 200000.")
+    if faults:
+        raise ConfigError(faults)
+
+
+def _at_least_fp32(logits_BKHW: Tensor) -> Tensor:
+    return logits_BKHW if logits_BKHW.dtype == torch.float64 else logits_BKHW.float()
+
+
+def _count(chosen_BHW: Tensor, dtype: torch.dtype) -> Tensor:
+    return chosen_BHW.sum(dtype=torch.int64).to(dtype)  # counted in integers: fp32 loses ones above 2**24
+
+
+def _cross_entropy_map(logits_BKHW: Tensor, labels_BHW: Tensor, ignore_index: int) -> Tensor:
+    labels_BHW = labels_BHW.long()
+    return F.cross_entropy(_at_least_fp32(logits_BKHW), labels_BHW, ignore_index=ignore_index, reduction="none")
+
+
+def _true_probability(loss_BHW: Tensor) -> Tensor:
+    return loss_BHW.detach().neg().exp()  # 1 at ignored pixels, and no softmax over K classes to read one of them
+
+
+def _keep_exactly(true_BHW: Tensor, annotated_BHW: Tensor, threshold: float, min_kept: int) -> Tensor:
+    if min_kept == 0 or true_BHW.numel() == 0:
+        return annotated_BHW & (true_BHW <= threshold)
+    rank = min(true_BHW.numel(), min_kept)
+    limit = true_BHW.flatten().kthvalue(rank).values.clamp(min=threshold)
+    return annotated_BHW & ((true_BHW <= limit) | (annotated_BHW.sum() < min_kept))
+
+
+def _keep_by_histogram(
+    true_BHW: Tensor,
+    annotated_BHW: Tensor,
+    threshold: float,
+    min_kept: int,
+    sum_over_ranks: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
+    # bin 0: at most the threshold; 1.._BINS: above it; the last one takes what is not annotated
+    above_BHW = ((true_BHW - threshold) * (_BINS / (1.0 - threshold))).long().clamp(0, _BINS - 1) + 1
+    bin_BHW = torch.where(true_BHW <= threshold, 0, above_BHW)
+    slot_BHW = torch.where(annotated_BHW, bin_BHW, _BINS + 1).flatten()
+    counts = torch.zeros(_BINS + 2, dtype=torch.int64, device=true_BHW.device)
+    counts = counts.scatter_add_(0, slot_BHW, torch.ones_like(slot_BHW))[: _BINS + 1]
+    if sum_over_ranks is not None:
+        counts = sum_over_ranks(counts)
+    last = (counts.cumsum(0) < min_kept).sum()  # the bin of p_(min_kept); past the last one when there are fewer
+    return annotated_BHW & (bin_BHW <= last)

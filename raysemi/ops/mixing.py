@@ -1,0 +1,90 @@
+"""CutMix: inside a box, an image and all that belongs to its pixels come from the partner slot.
+
+Axes: U images of this rank, H x W pixels; the dots of `[U, ..., H, W]` are channels or nothing. No host wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from raysemi.errors import ConfigError
+
+
+def partner(x: Tensor) -> Tensor:
+    """Row i of the result belongs to the partner of row i: rows 2j and 2j + 1 change places.
+
+    Global slots 2j and 2j + 1 stay on one rank, so the partner does not depend on the number of ranks. The last row of
+    an odd number takes row 0.
+
+    Args:
+        x: [U, ...], U of at least 2 (or 0).
+
+    Raises:
+        ConfigError: a single row, which would be its own partner: CutMix would silently do nothing.
+    """
+    rows = len(x)
+    if rows == 1:
+        raise ConfigError(
+            "train.batch.unlabeled must give each rank at least 2 images to mix; got 1. Raise it, or use fewer workers."
+        )
+    row = torch.arange(rows, device=x.device) ^ 1
+    return x[torch.where(row < rows, row, 0)]  # index_select would lose channels-last
+
+
+def inside(boxes_U4: Tensor, height: int, width: int) -> Tensor:
+    """Pixels of each image's box.
+
+    Args:
+        boxes_U4: integer (left, top, right, bottom) in pixels, half open; all 0 = no box.
+        height, width: of the images.
+
+    Returns:
+        bool [U, H, W] on the boxes' device.
+    """
+    left, top, right, bottom = boxes_U4[:, :, None].unbind(1)  # each [U, 1]
+    x_W = torch.arange(width, device=boxes_U4.device)
+    y_H = torch.arange(height, device=boxes_U4.device)
+    columns_UW = (x_W >= left) & (x_W < right)
+    rows_UH = (y_H >= top) & (y_H < bottom)
+    return rows_UH[:, :, None] & columns_UW[:, None, :]
+
+
+@overload
+def paste(boxes_U4: Tensor, tensor: Tensor, /, *, source: Sequence[Tensor] | None = None) -> Tensor: ...
+@overload
+def paste(
+    boxes_U4: Tensor, tensor: Tensor, /, *tensors: Tensor, source: Sequence[Tensor] | None = None
+) -> tuple[Tensor, ...]: ...
+
+
+def paste(boxes_U4: Tensor, /, *tensors: Tensor, source: Sequence[Tensor] | None = None) -> Tensor | tuple[Tensor, ...]:
+    """Replaces, in each tensor and inside each image's box, the pixels by those of the image's partner.
+
+    What is pasted from is always the tensor as given, never an image that was already mixed. One call mixes image,
+    pseudo-label, confidence, valid and weight alike, so that no target is left belonging to another image.
+
+    Args:
+        boxes_U4: integer (left, top, right, bottom) in pixels, half open; all 0 = no box.
+        tensors: each [U, ..., H, W], same U, H and W.
+        source: what to paste from, as many tensors of the same shapes; default: each tensor's own partner rows.
+
+    Returns:
+        The mixed tensor, or a tuple of them when several were given.
+
+    Raises:
+        ConfigError: a single image without `source` (see `partner`).
+
+    Source: Yun et al. 2019, CutMix, arXiv:1905.04899; partners as in UniMatch V2, by pairs of slots.
+    """
+    height, width = tensors[0].shape[-2:]
+    inside_UHW = inside(boxes_U4, height, width)
+    froms = [partner(tensor) for tensor in tensors] if source is None else source
+    mixed = tuple(
+        torch.where(inside_UHW.view(len(tensor), *[1] * (tensor.dim() - 3), height, width), other, tensor)
+        for tensor, other in zip(tensors, froms, strict=True)
+    )
+    return mixed[0] if len(mixed) == 1 else mixed

@@ -1,0 +1,22 @@
+"""Numbers that follow the step: pure functions, so that a resumed run needs no state for them."""
+
+from __future__ import annotations
+
+
+def poly(step: int, steps: int, power: float = 0.9) -> float:
+    """Polynomial decay (1 - step / steps) ** power: 1 at step 0, 0 at the end.
+
+    Args:
+        step: from 0; taken before the optimizer's update.
+        steps: length of the schedule.
+        power: exponent.
+    """
+    return (1.0 - min(step, steps) / steps) ** power
+
+
+def ema_decay(step: int, max_decay: float) -> float:
+    """Share that an averaged copy keeps at step `step` (from 0): min(1 - 1 / (step + 1), max_decay).
+
+    0 at step 0: the copy becomes the student. Until the cap it is the plain mean of all students so far.
+    """
+    return min(1.0 - 1.0 / (step + 1), max_decay)

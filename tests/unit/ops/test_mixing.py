@@ -1,0 +1,95 @@
+"""CutMix: everything inside the box is the partner's, everything outside the image's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from raysemi.errors import ConfigError
+from raysemi.ops.mixing import inside, partner, paste
+
+BOXES = torch.tensor([[1, 0, 4, 2], [0, 0, 0, 0], [0, 2, 7, 5], [6, 4, 7, 5], [2, 1, 3, 4]])  # 5 images of 5 x 7
+
+
+def constant(*shape):
+    """Each image filled with its own number."""
+    return torch.arange(len(BOXES), dtype=torch.float32).view(-1, *[1] * len(shape)).expand(-1, *shape).clone()
+
+
+def by_hand(boxes, own, other):
+    mixed = own.clone()
+    for image, (left, top, right, bottom) in enumerate(boxes.tolist()):
+        mixed[image, ..., top:bottom, left:right] = other[image, ..., top:bottom, left:right]
+    return mixed
+
+
+def test_partners():
+    assert partner(torch.arange(6)).tolist() == [1, 0, 3, 2, 5, 4]
+    assert partner(torch.arange(5)).tolist() == [1, 0, 3, 2, 0]
+    assert partner(torch.arange(0)).tolist() == []
+
+
+def test_a_single_image_is_refused():
+    with pytest.raises(ConfigError, match="must give each rank at least 2 images to mix; got 1"):
+        paste(BOXES[:1], constant(5, 7)[:1])
+
+
+def test_inside_is_half_open():
+    expected = by_hand(BOXES, torch.zeros(5, 5, 7), torch.ones(5, 5, 7)).bool()
+    assert torch.equal(inside(BOXES, 5, 7), expected)
+    assert inside(BOXES, 5, 7).flatten(1).sum(1).tolist() == [6, 0, 21, 1, 3]
+
+
+def test_every_tensor_is_mixed_alike():
+    g = torch.Generator().manual_seed(0)
+    image = torch.rand(5, 3, 5, 7, generator=g)
+    label = torch.randint(0, 9, (5, 5, 7), generator=g)
+    valid = torch.rand(5, 5, 7, generator=g) < 0.5
+    views = torch.rand(5, 2, 3, 5, 7, generator=g)
+    before = image.clone()
+    mixed = paste(BOXES, image, label, valid, views)
+    assert isinstance(mixed, tuple)
+    for own, new in zip((image, label, valid, views), mixed, strict=True):
+        assert new.dtype == own.dtype
+        # the partner as given: an image that was mixed in place before would show another's pixels
+        assert torch.equal(new, by_hand(BOXES, own, own[[1, 0, 3, 2, 0]]))
+    assert torch.equal(image, before)
+
+
+def test_one_tensor_comes_back_as_a_tensor():
+    mixed = paste(BOXES, constant(5, 7))
+    assert torch.equal(mixed, by_hand(BOXES, constant(5, 7), constant(5, 7)[[1, 0, 3, 2, 0]]))
+
+
+def test_a_pair_differs_inside_its_box():
+    image = torch.rand(2, 3, 5, 7, generator=torch.Generator().manual_seed(1))
+    changed = (paste(BOXES[[0, 2]], image) != image).all(1)
+    assert torch.equal(changed, inside(BOXES[[0, 2]], 5, 7))
+
+
+def test_source_takes_the_partners_place():
+    own, label = constant(3, 5, 7), constant(5, 7)
+    mixed, mixed_label = paste(BOXES, own, label, source=(own + 10, label + 20))
+    assert torch.equal(mixed, by_hand(BOXES, own, own + 10))
+    assert torch.equal(mixed_label, by_hand(BOXES, label, label + 20))
+    assert torch.equal(paste(BOXES[:1], own[:1], source=[own[:1] + 1]), by_hand(BOXES[:1], own[:1], own[:1] + 1))
+    with pytest.raises(ValueError, match="zip"):
+        paste(BOXES, own, label, source=(own,))
+
+
+def test_channels_last_stays():
+    image = torch.rand(4, 3, 5, 7).to(memory_format=torch.channels_last)
+    assert paste(BOXES[:4], image).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_gradient_goes_where_the_pixels_came_from():
+    image = constant(5, 7).requires_grad_()
+    paste(BOXES, image)[2].sum().backward()
+    box = inside(BOXES, 5, 7)[2].float()
+    assert torch.equal(image.grad[3], box)
+    assert torch.equal(image.grad[2], 1 - box)
+
+
+def test_no_host_wait():
+    boxes = torch.empty(3, 4, device="meta", dtype=torch.int64)  # a meta tensor has nothing to read
+    assert paste(boxes, torch.empty(3, 2, 5, 7, device="meta")).shape == (3, 2, 5, 7)
