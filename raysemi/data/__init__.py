@@ -1,0 +1,1 @@
+"""Pools, the order of samples, views, the stream."""

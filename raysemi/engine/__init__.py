@@ -1,0 +1,1 @@
+"""The train step and everything around it: ranks, averages, checkpoints, metrics, evaluation."""

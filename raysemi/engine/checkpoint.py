@@ -134,7 +134,7 @@ def load(folder: RunFolder, step: int, stems: tuple[str, ...] | None = None) -> 
 
 
 def load_newest(folder: RunFolder) -> Snapshot | None:
-    """The newest checkpoint that is whole; a broken one is named in the log and passed over. None when there is none."""
+    """The newest whole checkpoint, None when there is none; a broken one is named in the log and passed over."""
     for step in reversed(steps(folder)):
         try:
             return load(folder, step)

@@ -7,21 +7,11 @@ gradient of one rank with the same global batch, whatever pixels each of them ig
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from raysemi.base import Config
 from raysemi.methods.base import AcrossRanks
 from raysemi.ops.losses import Objective
-
-
-class GradientsConfig(Config):
-    """`gradients.*`."""
-
-    name: Literal["uniform"] = "uniform"
-    """uniform: the published weighted sum."""
 
 
 def join_ranks(objectives: dict[str, Objective], across: AcrossRanks) -> dict[str, Tensor]:

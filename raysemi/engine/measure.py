@@ -12,20 +12,27 @@ import copy
 import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from raysemi.data.pool import Pool
+from raysemi.data.reader import Reader
 from raysemi.data.types import HostBatch, SemiBatch
 from raysemi.data.views import on_device
+from raysemi.engine.evaluate import EvalConfig, image_tensor, inference, predict_labels
 from raysemi.engine.trainer import Trainer
-from raysemi.methods.base import Method, SingleRank
-from raysemi.models.segmentor import Segmentor
+from raysemi.methods.base import SingleRank
 from raysemi.ops.losses import IGNORE
 
 Palette = tuple[tuple[int, int, int], ...]
+Panels = list[tuple[str, bytes]]
+"""(title, PNG bytes) each, from left to right."""
+LARGEST_WIDTH = 480
 STAGES = {"before": ("pseudo", "trusted_before"), "after": ("propagated", "trusted")}
 """Observed maps of each stage: labels, and which pixels are kept."""
 
@@ -50,7 +57,6 @@ def look(trainer: Trainer, hosts: Iterable[HostBatch]) -> Iterator[Look]:
         hosts: batches with labeled and unlabeled images.
     """
     student, method = copy.deepcopy(trainer.student).train(), copy.deepcopy(trainer.method).train()
-    assert isinstance(method, Method)  # the registry holds nothing else
     for host in hosts:
         # Un-mixed: inside a CutMix box the maps would belong to another image than the truth.
         batch = on_device(
@@ -60,21 +66,14 @@ def look(trainer: Trainer, hosts: Iterable[HostBatch]) -> Iterator[Look]:
         context = replace(trainer.context(maps.__setitem__), student=student, across=SingleRank())
         with torch.autocast(trainer.device.type, trainer.precision, enabled=trainer.precision != torch.float32):
             method.objectives(batch, context)
-            predicted = _predict(trainer.evaluated, batch.weak_U3HW)
+        with inference(trainer.evaluated, trainer.device, trainer.precision):
+            predicted = trainer.evaluated(batch.weak_U3HW).logits_BKHW.argmax(dim=1)
         truth = host.truth_UHW.to(trainer.device) if host.truth_UHW is not None else None
         yield Look(batch, host.keys_U, truth, {k: v for k, v in maps.items() if v.ndim == 3}, predicted)
 
 
-def _predict(network: Segmentor, images_U3HW: Tensor) -> Tensor:
-    was_training = network.training
-    network.eval()
-    labels: Tensor = network(images_U3HW).logits_BKHW.argmax(dim=1)
-    network.train(was_training)
-    return labels
-
-
 class PseudoQuality:
-    """Counts of valid, correct, kept, and kept and correct pixels, per class of the truth, before and after propagation.
+    """Counts of valid, correct, kept, kept and correct pixels, per class of the truth, before and after propagation.
 
     Args:
         num_classes: K.
@@ -121,8 +120,8 @@ class PseudoQuality:
         return metrics
 
 
-def unlabeled_panels(look: Look, image: int, palette: Palette) -> list[tuple[str, bytes]]:
-    """Pictures of one unlabeled image as (title, PNG or JPEG bytes): view, pseudo-labels, kept pixels, prediction, truth."""
+def unlabeled_panels(look: Look, image: int, palette: Palette) -> Panels:
+    """Pictures of one unlabeled image: weak view, pseudo-labels, kept pixels, prediction, truth where it was opened."""
     shown = (look.batch.weak_U3HW[image].permute(1, 2, 0).float().cpu().numpy() * 255).round().astype(np.uint8)
     maps = {name: values[image].cpu().numpy() for name, values in look.maps.items()}
     after = maps.get("propagated", maps.get("pseudo"))
@@ -140,15 +139,31 @@ def unlabeled_panels(look: Look, image: int, palette: Palette) -> list[tuple[str
     return panels
 
 
-def colour(labels_HW: np.ndarray, palette: Palette) -> np.ndarray:
+def val_panels(trainer: Trainer, pool: Pool, config: EvalConfig, count: int) -> Iterator[tuple[str, Panels]]:
+    """Image, prediction and truth of a few images of a labeled pool, evenly spaced, as (key, panels)."""
+    reader = Reader(pool)
+    for row in np.linspace(0, pool.num_samples - 1, min(count, pool.num_samples)).round().astype(int).tolist():
+        image, truth = reader.image(row), reader.mask(row)
+        with inference(trainer.evaluated, trainer.device, trainer.precision):
+            predicted = (
+                predict_labels(trainer.evaluated, image_tensor([image], trainer.device), config)[0].cpu().numpy()
+            )
+        pictures = {"image": image, "prediction": colour(predicted, pool.palette), "truth": colour(truth, pool.palette)}
+        yield pool.key(row), [(title, encode(picture)) for title, picture in pictures.items()]
+
+
+def colour(labels_HW: NDArray[Any], palette: Palette) -> NDArray[np.uint8]:
     """Label map -> uint8 RGB picture; ignored pixels are black."""
     table = np.zeros((256, 3), dtype=np.uint8)
     table[: len(palette)] = palette
     return table[labels_HW.astype(np.uint8)]
 
 
-def encode(picture_HW3: np.ndarray) -> bytes:
-    """PNG bytes of an RGB picture."""
-    buffer = io.BytesIO()
-    Image.fromarray(picture_HW3).save(buffer, "PNG", optimize=True)
+def encode(picture_HW3: NDArray[np.uint8]) -> bytes:
+    """PNG bytes of an RGB picture, at most 480 pixels wide: pictures are for looking at."""
+    picture, buffer = Image.fromarray(picture_HW3), io.BytesIO()
+    if picture.width > LARGEST_WIDTH:
+        size = LARGEST_WIDTH, max(1, round(picture.height * LARGEST_WIDTH / picture.width))
+        picture = picture.resize(size, Image.Resampling.BOX)
+    picture.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

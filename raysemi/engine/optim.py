@@ -46,10 +46,9 @@ class Optimizer:
         self._config = config
         self._steps = steps
         self.names: dict[Tensor, str] = {p: name for name, p in student.named_parameters() if p.requires_grad}
-        encoder = {id(p) for p in student.encoder.parameters()}
         groups = [
-            {"params": [p for p in self.names if id(p) in encoder], "factor": 1.0},
-            {"params": [p for p in self.names if id(p) not in encoder], "factor": config.head_multiplier},
+            {"params": list(student.encoder_parameters()), "factor": 1.0},
+            {"params": list(student.other_parameters()), "factor": config.head_multiplier},
         ]
         groups = [group for group in groups if group["params"]]
         self._fused = next(iter(self.names)).device.type in ("cpu", "cuda")
@@ -103,6 +102,8 @@ class Optimizer:
         for path, value in tensors.items():
             name, _, key = path.rpartition("/")
             parameter = parameters[name]
-            device = torch.device("cpu") if key == "step" and not self._fused else parameter.device
-            restored = torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value, device=device)
+            if value.shape == parameter.shape:
+                restored = torch.empty_like(parameter)  # in the parameter's memory format
+            else:  # AdamW's counter, which only the fused form keeps on the device
+                restored = torch.empty_like(value, device=parameter.device if self._fused else None)
             self._torch.state[parameter][key] = restored.copy_(value)

@@ -24,14 +24,13 @@ from raysemi.models.segmentor import Segmentor
 class StepModule(nn.Module):
     """Student and method as one module: batch -> the uniform loss and each objective's value."""
 
-    def __init__(self, student: Segmentor, method: nn.Module) -> None:
+    def __init__(self, student: Segmentor, method: Method) -> None:
         super().__init__()
         self.student = student
         self.method = method
 
     def forward(self, batch: SemiBatch, context: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to differentiate, and the detached value of each objective (their mean over ranks is global)."""
-        assert isinstance(self.method, Method)  # the registry holds nothing else
         objectives = self.method.objectives(batch, context)
         losses = join_ranks(objectives, context.across)
         return uniform_loss(objectives, losses), {name: loss.detach() for name, loss in losses.items()}
@@ -148,9 +147,10 @@ def resolve_strategy(name: Literal["auto", "single", "ddp"], world: int) -> Lite
 
 
 def synchronise_batch_norm(student: Segmentor, across: AcrossRanks, device: torch.device) -> Segmentor:
-    """SyncBatchNorm in place of BatchNorm on several GPUs; elsewhere the network as it is (CPUs have no such kernel)."""
+    """SyncBatchNorm in place of BatchNorm on several GPUs; elsewhere the network as it is: CPUs have no such kernel."""
     if across.world == 1 or device.type != "cuda":
         return student
-    from timm.layers import convert_sync_batchnorm  # knows timm's fused BatchNorm + activation layers
+    from timm.layers.norm_act import convert_sync_batchnorm  # knows timm's fused BatchNorm + activation layers
 
-    return convert_sync_batchnorm(student)
+    converted: Segmentor = convert_sync_batchnorm(student)
+    return converted

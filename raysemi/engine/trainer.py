@@ -104,7 +104,7 @@ class Trainer:
     def __init__(
         self,
         student: Segmentor,
-        method: nn.Module,
+        method: Method,
         config: TrainConfig,
         optim: OptimConfig,
         *,
@@ -113,7 +113,6 @@ class Trainer:
         period: int,
         seed: int,
     ) -> None:
-        assert isinstance(method, Method)  # the registry holds nothing else
         self.config = config
         self.across = across
         self.device = device
@@ -124,7 +123,7 @@ class Trainer:
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.precision = resolve_precision(config, device)
         student = synchronise_batch_norm(student, across, device)
-        self.student = student.to(device=device, memory_format=self.memory_format)
+        self.student = student.to(device).to(memory_format=self.memory_format)
         self.method = method.to(device)
         average = method.average
         self.average = AveragedCopy(self.student, average, period) if average.kind != "none" else None

@@ -1,0 +1,1 @@
+"""Starting a run: on Ray, under torchrun, or in one plain process."""

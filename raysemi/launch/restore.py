@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import nn
-
 from raysemi import config_io
 from raysemi.config import RunConfig
 from raysemi.data.pool import Pool
@@ -13,15 +11,17 @@ from raysemi.engine import checkpoint
 from raysemi.engine.folder import RunFolder
 from raysemi.errors import CheckpointError, DataError
 from raysemi.methods import METHODS
+from raysemi.methods.base import Method
 from raysemi.models.segmentor import ModelConfig, Segmentor, build_segmentor
 
 
-def open_pool(path: str, setting: str, *, masks: bool = False) -> Pool:
+def open_pool(path: str | None, setting: str, *, masks: bool = False) -> Pool:
     """Opens a pool and names the setting when it cannot serve.
 
     Raises:
         DataError: no pool there, an empty one, or one without the masks that the setting needs.
     """
+    assert path is not None  # the config refuses a run without this pool
     try:
         pool = Pool.open(path)
     except DataError as error:
@@ -33,7 +33,7 @@ def open_pool(path: str, setting: str, *, masks: bool = False) -> Pool:
     return pool
 
 
-def build(config: RunConfig, num_classes: int, model: ModelConfig | None = None) -> tuple[Segmentor, nn.Module]:
+def build(config: RunConfig, num_classes: int, model: ModelConfig | None = None) -> tuple[Segmentor, Method]:
     """The student with the heads that its method asks for, and the method, on the CPU.
 
     Args:
@@ -69,7 +69,9 @@ def load_network(run: str | Path, which: str = "last") -> tuple[Segmentor, RunCo
     else:
         snapshot = checkpoint.load_newest(folder)
     if snapshot is None:
-        raise CheckpointError(f"{run} must hold a whole checkpoint; got none. Train it first: the same command goes on.")
+        raise CheckpointError(
+            f"{run} must hold a whole checkpoint; got none. Train it first: the same command goes on."
+        )
     classes = tuple(snapshot.state["classes"])
     untrained = config.model.model_copy(update={"weights": "random"})  # every weight is in the checkpoint
     network, _ = build(config, len(classes), untrained)

@@ -21,11 +21,11 @@ from raysemi.data.pool import Pool
 from raysemi.engine import checkpoint, distributed
 from raysemi.engine.evaluate import evaluate
 from raysemi.engine.folder import RunFolder
-from raysemi.engine.measure import Look, PseudoQuality, look, unlabeled_panels, val_panels
+from raysemi.engine.measure import Look, Panels, PseudoQuality, look, unlabeled_panels, val_panels
 from raysemi.engine.record import Record
 from raysemi.engine.strategy import resolve_strategy
 from raysemi.engine.trainer import Hooks, Trainer, resolve_period
-from raysemi.errors import CheckpointError, ConfigError, DataError
+from raysemi.errors import CheckpointError, ConfigError
 from raysemi.launch.restore import build, open_pool
 from raysemi.methods.base import AcrossRanks
 from raysemi.ops.confusion import iou, mean_iou, pixel_accuracy
@@ -76,6 +76,7 @@ class _Run:
                     f"{', '.join(pool.classes)}. Pack the pools from one source."
                 )
         student, method = build(config, len(self.labeled.classes))
+        self.method = method
         if method.strong_views == 0:
             self.unlabeled = None
         if config.eval.pseudo_images and self.unlabeled is not None and not self.unlabeled.has_masks:
@@ -88,10 +89,8 @@ class _Run:
         pass_steps = first.num_samples // (batch.unlabeled if self.unlabeled else batch.labeled)
         period = resolve_period(config.train, pass_steps)
         if config.train.steps // period < 10:
-            _log.warning(
-                "train.steps=%d holds only %d periods of %d steps; ramps and momentum networks are made for 10 or more.",
-                config.train.steps, config.train.steps // period, period,
-            )  # fmt: skip
+            message = "train.steps=%d holds only %d periods of %d steps; ramps and momentum networks want 10 or more"
+            _log.warning(message, config.train.steps, config.train.steps // period, period)
         self.trainer = Trainer(
             student, method, config.train, config.optim,
             across=across, device=device, period=period, seed=config.seed,
@@ -123,11 +122,10 @@ class _Run:
         return self.result
 
     def _stream(self, start: int, stop: int, *, truth: bool = False, seed: int | None = None) -> Stream:
-        method, batch = self.trainer.method, self.config.train.batch
+        method, batch = self.method, self.config.train.batch
         return Stream(
             self.config.data,
-            self.labeled,
-            self.unlabeled,
+            self.pools,
             seed=self.config.seed if seed is None else seed,
             batch_labeled=batch.labeled,
             batch_unlabeled=batch.unlabeled,
@@ -138,6 +136,8 @@ class _Run:
             start=start,
             stop=stop,
             with_truth=truth,
+            cores=torch.get_num_threads(),
+            pinned=self.trainer.device.type == "cuda",
         )
 
     def _resume(self) -> None:
@@ -169,9 +169,14 @@ class _Run:
         if self.across.rank == 0:
             self.folder.write_bytes("config.yaml", text.encode())
 
-    def _digests(self) -> dict[str, str]:
+    @property
+    def pools(self) -> dict[str, Pool]:
+        """The pools that train, by name."""
         pools = {"labeled": self.labeled, "unlabeled": self.unlabeled}
-        return {name: pool.digest for name, pool in pools.items() if pool is not None}
+        return {name: pool for name, pool in pools.items() if pool is not None}
+
+    def _digests(self) -> dict[str, str]:
+        return {name: pool.digest for name, pool in self.pools.items()}
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
         if self.record is not None:
@@ -245,7 +250,7 @@ class _Run:
         settings, rank = self.config.eval, self.across.rank
         wanted = max(settings.pseudo_images, settings.pictures)
         quality = PseudoQuality(len(self.labeled.classes))
-        pictures: list[tuple[str, str, list[tuple[str, bytes]]]] = []
+        pictures: list[tuple[str, str, Panels]] = []
         if self.unlabeled is not None and wanted:
             steps = -(-wanted // self.config.train.batch.unlabeled)
             # The seed is the run's own plus one: views that the run itself does not train on at its first steps.
@@ -257,20 +262,18 @@ class _Run:
         for stage in quality.counts:
             quality.counts[stage] = self.across.sum(quality.counts[stage].to(self.trainer.device)).cpu()
         if rank == 0 and settings.pictures:
-            pictures += [
-                ("val", key, panels)
-                for key, panels in val_panels(self.trainer, self.val, settings, settings.pictures)
-            ]
+            seen_val = val_panels(self.trainer, self.val, settings, settings.pictures)
+            pictures += [("val", key, panels) for key, panels in seen_val]
             self._write_pictures(step, pictures)
         return quality.metrics(self.labeled.classes)
 
-    def _unlabeled_pictures(self, seen: Look, room: int) -> list[tuple[str, str, list[tuple[str, bytes]]]]:
+    def _unlabeled_pictures(self, seen: Look, room: int) -> list[tuple[str, str, Panels]]:
         if self.across.rank != 0 or room <= 0:
             return []
         keys = seen.keys_U[:room]
         return [("unlabeled", key, unlabeled_panels(seen, i, self.labeled.palette)) for i, key in enumerate(keys)]
 
-    def _write_pictures(self, step: int, pictures: list[tuple[str, str, list[tuple[str, bytes]]]]) -> None:
+    def _write_pictures(self, step: int, pictures: list[tuple[str, str, Panels]]) -> None:
         listing = []
         for number, (kind, key, panels) in enumerate(pictures):
             entries = []

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from raysemi.base import Config
+from raysemi.methods.base import Method
+from raysemi.methods.derprop import DerProp, DerPropConfig
 from raysemi.methods.fixmatch import FixMatch, FixMatchConfig
 from raysemi.methods.supervised import Supervised, SupervisedConfig
 
-METHODS: dict[str, tuple[type[Config], type[nn.Module]]] = {
+METHODS: dict[str, tuple[type[Config], type[Method]]] = {
     "supervised": (SupervisedConfig, Supervised),
     "fixmatch": (FixMatchConfig, FixMatch),
+    "derprop": (DerPropConfig, DerProp),
 }

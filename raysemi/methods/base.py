@@ -5,9 +5,10 @@ Axes: B images of this rank, K classes, H x W pixels.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -97,28 +98,35 @@ class StepContext:
         return (self.uniform(slots_B, name, channels) >= drop).to(torch.float32) / (1.0 - drop)
 
 
-@runtime_checkable
-class Method(Protocol):
-    """A semi-supervised method; implemented by an `nn.Module`, so that its buffers are saved like any other.
+class Method(nn.Module, ABC):
+    """A semi-supervised method; a module, so that its buffers (thresholds, memories) are saved like any other.
 
-    A class is built as `Class(config, num_classes)`.
+    Args:
+        config: the method's own config.
+        num_classes: K.
     """
 
     average: Average
-    """How the averaged copy is kept."""
+    """How the averaged copy of the student is kept."""
     strong_views: int
     """Strong views of each unlabeled image; 0 = the method does not use unlabeled images."""
-    second_view: bool
+    second_view: bool = False
     """True when the method needs a second random geometry of each unlabeled image."""
+    unlabeled_optional: bool = False
+    """True when the method also trains without an unlabeled pool; its batches then have U = 0."""
+
+    @abstractmethod
+    def __init__(self, config: Any, num_classes: int) -> None:
+        super().__init__()
 
     def heads(self, low_channels: int, high_channels: int) -> dict[str, nn.Module]:
-        """Extra heads that the student needs, by name; `context.student.heads[name]` in a step."""
-        ...
+        """Extra heads that the student needs, by name; `context.student.heads[name]` in a step. None by default.
 
+        Args:
+            low_channels, high_channels: channels of the encoder's two maps.
+        """
+        return {}
+
+    @abstractmethod
     def objectives(self, batch: SemiBatch, context: StepContext) -> dict[str, Objective]:
-        """The terms of the loss, by name, on this rank's share. Never calls backward."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Buffers (thresholds, memories), as any module's."""
-        ...
+        """The terms of the loss, by name, on this rank's share; the same names on all ranks. Never calls backward."""

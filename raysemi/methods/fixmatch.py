@@ -11,11 +11,10 @@ from typing import Literal
 
 import torch
 from pydantic import Field, field_validator
-from torch import nn
 
 from raysemi.base import Config, search
 from raysemi.data.types import SemiBatch
-from raysemi.methods.base import Average, StepContext
+from raysemi.methods.base import Average, Method, StepContext
 from raysemi.ops.losses import Criterion, Objective, labeled_loss, pixel_cross_entropy, supervised, unsupervised
 from raysemi.ops.mixing import paste
 from raysemi.ops.pseudo_label import confidence_and_label
@@ -42,22 +41,17 @@ class FixMatchConfig(Config):
         return average
 
 
-class FixMatch(nn.Module):
+class FixMatch(Method):
     """Consistency between the teacher on weak and the student on strong views."""
 
     strong_views = 1
-    second_view = False
 
     def __init__(self, config: FixMatchConfig, num_classes: int) -> None:
-        super().__init__()
+        super().__init__(config, num_classes)
         self.threshold = config.threshold
         self.factor = config.unsupervised_weight
         self.criterion = config.criterion
         self.average = config.average
-
-    def heads(self, low_channels: int, high_channels: int) -> dict[str, nn.Module]:
-        """None."""
-        return {}
 
     def objectives(self, batch: SemiBatch, context: StepContext) -> dict[str, Objective]:
         """The labeled loss and the consistency on CutMixed strong views."""

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import nn
-
 from raysemi.base import Config
 from raysemi.data.types import SemiBatch
-from raysemi.methods.base import Average, StepContext
+from raysemi.methods.base import Average, Method, StepContext
 from raysemi.ops.losses import Criterion, Objective, labeled_loss, supervised
 
 
@@ -25,20 +23,15 @@ class SupervisedConfig(Config):
     """Averaged copy that is evaluated; none by default, as in the papers."""
 
 
-class Supervised(nn.Module):
+class Supervised(Method):
     """Mean cross-entropy over the labeled pixels."""
 
     strong_views = 0
-    second_view = False
 
     def __init__(self, config: SupervisedConfig, num_classes: int) -> None:
-        super().__init__()
+        super().__init__(config, num_classes)
         self.criterion = config.criterion
         self.average = config.average
-
-    def heads(self, low_channels: int, high_channels: int) -> dict[str, nn.Module]:
-        """None."""
-        return {}
 
     def objectives(self, batch: SemiBatch, context: StepContext) -> dict[str, Objective]:
         """One term: the labeled loss."""
