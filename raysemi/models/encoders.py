@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -82,9 +82,11 @@ class TimmEncoder(Encoder):
                 f"got {name}. {hint}"
             )
         # identity blocks at the start (timm's default for ResNets) are not the papers' initialisation
-        extra = {"zero_init_last": False} if name in PAPER_RESNETS.values() else {}
+        extra: dict[str, Any] = {"zero_init_last": False} if name in PAPER_RESNETS.values() else {}
         try:
-            net = timm.create_model(name, pretrained=False, features_only=True, output_stride=output_stride, **extra)
+            net: Any = timm.create_model(
+                name, pretrained=False, features_only=True, output_stride=output_stride, **extra
+            )
         except (AssertionError, TypeError, ValueError, NotImplementedError, RuntimeError) as error:
             raise ConfigError(
                 f"model.encoder must be a convolutional network that timm builds with output stride {output_stride}; "
@@ -99,9 +101,9 @@ class TimmEncoder(Encoder):
             )
         channels = net.feature_info.channels()
         low = strides.index(4)
-        statistics = _LITE0
+        published = timm.get_pretrained_cfg(name)
+        statistics: tuple[tuple[float, ...], tuple[float, ...]] = _LITE0
         if name != LITE0:
-            published = timm.get_pretrained_cfg(name)
             statistics = _IMAGENET if published is None else (tuple(published.mean), tuple(published.std))
         super().__init__(net, channels[low], channels[-1], statistics)
         self._name = name
@@ -152,7 +154,7 @@ class PlainResNet(Encoder):
 
     def forward(self, images_B3HW: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised images -> (low_BDhw at stride 4, high_BDhw at the output stride)."""
-        net = self.net
+        net: Any = self.net  # its layers are attributes of torchvision's class
         x = net.maxpool(net.relu(net.bn1(net.conv1(images_B3HW))))
         low = net.layer1(x)
         return low, net.layer4(net.layer3(net.layer2(low)))

@@ -19,6 +19,10 @@ from raysemi.models.encoders import LITE0, Encoder
 
 _PREFIXES = ("module.", "backbone.", "encoder.", "model.", "net.")
 _WRAPPERS = ("state_dict", "model", "model_state", "state_dict_ema")
+_BROKEN = (
+    *(SafetensorError, pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError),
+    *(AssertionError, AttributeError, LookupError, TypeError),  # what torch's unpickler raises on arbitrary bytes
+)
 _COUNTER = ".num_batches_tracked"
 
 
@@ -59,7 +63,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
             content: object = load_file(file)
         else:
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+    except _BROKEN as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
             f"model.weights must be a safetensors file or a torch file of plain tensors; got {path} ({first}). "
