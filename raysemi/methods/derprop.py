@@ -1,0 +1,356 @@
+"""DerProp: pseudo-labels rectified along similarity maps, which are trained on features and on their derivatives.
+
+The student labels the weak view. Its logits, spread along the map of orders 0 and 1, are blended in more and more as
+training goes on; the strong view, the perturbed features and the propagated logits learn from the blend. The maps learn
+the labels' map and the weak view's map in every order up to `order`; the next order is kept sparse. An average over
+periods is the network that is evaluated.
+
+Observed, maps of the un-mixed unlabeled images: "pseudo" (argmax before propagation), "propagated" (the final label:
+blended, regions applied), "confidence", "trusted_before" and "trusted" (kept pixels before and after regions); inside a
+CutMix box, where the partner is taught, they show what the image itself has, without regions. Scalars: "threshold",
+"alpha", "kept_ratio" (of the mixed images), and the mean confidences "confidence_raw", "confidence_propagated",
+"confidence_blended", whose scales differ since columns of the map do not sum to 1.
+
+Source: "Semi-Supervised Semantic Segmentation via Derivative Label Propagation", eqs. 2-12, and its code, which stands
+on CorrMatch (Sun et al. 2024). Where the two differ, `preset` chooses. Differs from both: labels are read at the cells
+instead of interpolated, the scale of the labels' map is fixed, nothing depends on the number of ranks.
+Axes: L labeled, U unlabeled, B any images, K classes, D channels, N cells, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
+
+from raysemi.base import Config, choices, search
+from raysemi.data.types import SemiBatch
+from raysemi.errors import ConfigError
+from raysemi.methods.base import Average, Method, StepContext
+from raysemi.methods.derivative_maps import DerivativeConfig, DerivativeMaps, PropagationConfig
+from raysemi.methods.propagation import (
+    HIDDEN,
+    CutMixConfig,
+    RegionConfig,
+    Targets,
+    ThresholdConfig,
+    View,
+    at_nodes,
+    labeled_pair,
+    mix,
+    next_threshold,
+    outside_box,
+    propagated,
+    rectify,
+    strong_pass,
+    weak_pass,
+)
+from raysemi.models.heads import CorrelationHead
+from raysemi.ops.losses import (
+    Criterion,
+    Objective,
+    kl_divergence,
+    pixel_cross_entropy,
+    soft_cross_entropy,
+    supervised,
+    unsupervised,
+)
+from raysemi.ops.mixing import inside
+from raysemi.ops.pseudo_label import confidence_and_label
+from raysemi.ops.similarity import remaining_channels
+
+Pair = tuple[Tensor, Tensor]
+"""A sum, and what it is divided by over all ranks."""
+_HALF = 0.5  # the published total is the half-sum of the supervised and the unsupervised side
+
+
+class FeaturePerturbationConfig(Config):
+    """`method.fp.*`."""
+
+    weight: float = Field(0.25, ge=0.0, json_schema_extra=search(0.05, 0.5))
+    """Coefficient of L_fp, the loss on features with half of the channels dropped; 0 spares its decoder pass."""
+
+
+class MomentumConfig(Config):
+    """`method.momentum.*`: the network that is evaluated."""
+
+    enable: bool | None = None
+    """null: on, unless `dlp` or `deriv.loss` is off, as in the paper's tables."""
+    ratio: float = Field(0.5, gt=0.0, lt=1.0, json_schema_extra=choices([0.5, 0.7, 0.9]))
+    """Share that it keeps at each update, once a `train.period`."""
+    at: Literal["end", "start"] = "end"
+    """end: at the end of each period. start: at the start of the next (code)."""
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "raysemi": {},
+    "reference": {
+        "deriv": {"dim": "classes", "labeled_grad": False, "sparsity_form": "constant", "pair_mask": "none"},
+        "threshold": {"ignore": "pasted"},
+        "region": {"rows": "reference"},
+        "cutmix": {"partner": "momentum_view"},
+        "momentum": {"at": "start"},
+        "kl_target": "unpasted",
+    },
+    "paper": {
+        "deriv": {"sim": "cosine", "heads": "shared"},
+        "prop": {"input": "normalised", "temp": 0.1},
+        "strong_target": "hard",
+    },
+}
+"""Preset -> the defaults that it changes."""
+
+
+class DerPropConfig(Config):
+    """`method.*` of `derprop`."""
+
+    name: Literal["derprop"] = "derprop"
+    preset: Literal["raysemi", "reference", "paper"] = "raysemi"
+    """Set of defaults; a key that is given wins. reference: as the released code, terms that train nothing included.
+    paper: cosine, one projection, hard labels."""
+    order: int = Field(1, ge=0, le=8, json_schema_extra=choices([0, 1, 2]))
+    """Largest order of the derivative whose map is matched; the logits spread along orders 0 and 1 at most."""
+    kernel: tuple[float, ...] = Field((-1.0, 1.0), min_length=2, json_schema_extra=choices([[-1, 1], [-1, 0, 1]]))
+    """Coefficients of the derivative along channels: (-1, 1) forward, (-1, 0, 1) wide, (1, 1) sum."""
+    sparsity: float = Field(0.5, ge=0.0, json_schema_extra=search(0.02, 1.0, log=True))
+    """lambda: coefficient of the sparsity of the next order, times `deriv.weight`; 0 = without."""
+    deriv: DerivativeConfig = DerivativeConfig()
+    prop: PropagationConfig = PropagationConfig()
+    dlp: bool = True
+    """False: raw pseudo-labels, no map losses, no momentum network (the paper's "w/o DLP")."""
+    ramp: Literal["epoch", "step"] = Field("epoch", json_schema_extra=choices(["epoch", "step"]))
+    """How alpha, the share of propagated logits, grows from 0: once a `train.period`, or every step."""
+    alpha_max: float = Field(1.0, ge=0.0, le=1.0, json_schema_extra=choices([0.5, 0.75, 1.0]))
+    """alpha at the end of the run."""
+    threshold: ThresholdConfig = ThresholdConfig()
+    region: RegionConfig = RegionConfig()
+    cutmix: CutMixConfig = CutMixConfig()
+    momentum: MomentumConfig = MomentumConfig()
+    criterion: Criterion = Criterion()
+    """Loss of the labeled images."""
+    labeled_weight: float = Field(0.5, ge=0.0, json_schema_extra=search(0.25, 1.0))
+    """l1: coefficient of L_x and of L_xc."""
+    strong_weight: float = Field(0.25, ge=0.0, json_schema_extra=search(0.05, 0.5))
+    """Coefficient of the cross-entropy of strong views."""
+    strong_target: Literal["soft", "hard"] = Field("soft", json_schema_extra=choices(["soft", "hard"]))
+    """soft: the blended distribution (code). hard: the label after region propagation (paper)."""
+    kl_weight: float = Field(0.25, ge=0.0, json_schema_extra=search(0.1, 0.5))
+    """l2: coefficient of the divergence of strong views."""
+    kl_target: Literal["pasted", "unpasted", "drop_box"] = "pasted"
+    """Distribution inside the CutMix box, of both soft terms: the source's, (code) the wrong image's, or none."""
+    kl_mask: Literal["base", "expanded"] = "base"
+    """Pixels of the divergence: trusted before, or after region propagation."""
+    propagated_weight: float = Field(0.25, ge=0.0, json_schema_extra=search(0.05, 0.5))
+    """Coefficient of L_c, the loss of propagated logits of unlabeled images."""
+    fp: FeaturePerturbationConfig = FeaturePerturbationConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_below_given(cls, data: Any) -> Any:
+        preset = data.get("preset") if isinstance(data, dict) else None
+        return _merged(PRESETS[preset], data) if isinstance(preset, str) and preset in PRESETS else data
+
+    @field_validator("kernel")
+    @classmethod
+    def _kernel_acts(cls, kernel: tuple[float, ...]) -> tuple[float, ...]:
+        if not any(kernel):
+            raise ValueError(f"must have a coefficient other than 0; got {list(kernel)}. Use [-1, 1]")
+        return kernel
+
+    @model_validator(mode="after")
+    def _source_exists(self) -> DerPropConfig:
+        if self.cutmix.partner == "momentum_view" and not self.has_momentum:
+            raise ValueError(
+                "cutmix.partner must be pair or second_view when no momentum network is kept; got momentum_view. "
+                "Set momentum.enable to true, or the partner to pair"
+            )
+        return self
+
+    @property
+    def matches_maps(self) -> bool:
+        """True when the maps have losses of their own."""
+        return self.dlp and self.deriv.loss
+
+    @property
+    def has_momentum(self) -> bool:
+        """True when the momentum network is kept."""
+        return self.matches_maps if self.momentum.enable is None else self.momentum.enable
+
+
+def projected_channels(config: DerPropConfig, num_classes: int) -> int:
+    """D, channels of a projection.
+
+    Raises:
+        ConfigError: the derivative of order + 1, which the sparsity needs, would have no channel left.
+    """
+    dim = config.deriv.dim
+    channels = num_classes if dim == "classes" else max(num_classes, 16) if dim is None else dim
+    if remaining_channels(channels, config.order + 1, config.kernel) < 1:
+        raise ConfigError(
+            f"method.order must leave a channel to the next order, D - (order + 1) * {len(config.kernel) - 1} >= 1 "
+            f"with D = {channels} channels; got {config.order}. Lower it, or raise method.deriv.dim."
+        )
+    return channels
+
+
+class DerProp(Method):
+    """Derivative label propagation."""
+
+    threshold: Tensor
+    strong_views = 1
+    unlabeled_optional = True
+
+    def __init__(self, config: DerPropConfig, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        self.config = config
+        self.channels = projected_channels(config, num_classes)
+        self.maps = DerivativeMaps(config.deriv, config.prop, config.order, config.kernel, num_classes)
+        self.second_view = config.cutmix.partner != "pair"
+        kept = config.momentum
+        self.average = Average(kind="period", ratio=kept.ratio, at=kept.at) if config.has_momentum else Average()
+        self.register_buffer("threshold", torch.tensor(config.threshold.initial, dtype=torch.float32))
+
+    def heads(self, low_channels: int, high_channels: int) -> dict[str, nn.Module]:
+        """The projections."""
+        shared = self.config.deriv.heads == "shared"
+        return {"correlation": CorrelationHead(high_channels, self.channels, HIDDEN, shared)}
+
+    def alpha(self, step: int, steps: int, period: int) -> float:
+        """Share of propagated logits in the blend, in [0, alpha_max); 0 in the first period."""
+        if not self.config.dlp:
+            return 0.0
+        reached = step if self.config.ramp == "step" else step // period * period
+        return self.config.alpha_max * reached / steps
+
+    def objectives(self, batch: SemiBatch, context: StepContext) -> dict[str, Objective]:
+        """All terms; without unlabeled images those of the labeled ones alone."""
+        config, num_labeled = self.config, len(batch.image_L3HW)
+        labeled, unlabeled = slice(num_labeled), slice(num_labeled, None)
+        both, perturbed_UKHW = weak_pass(batch, context, perturb=config.fp.weight > 0.0)
+        left_BCN, right_BCN = self.maps.propagation_factors(both.projections)
+        spread_BKHW = propagated(both.logits_BKHW, left_BCN, right_BCN, both.cells)
+        terms = self._labeled_terms(both.images(labeled), spread_BKHW[labeled], batch, context)
+        if len(batch.weak_U3HW) == 0:
+            return terms
+
+        weak, spread_UKHW = both.images(unlabeled), spread_BKHW[unlabeled]
+        alpha = self.alpha(context.step, context.steps, context.period)
+        blended_UKHW = weak.logits_BKHW.detach()
+        if alpha > 0.0:
+            blended_UKHW = (1.0 - alpha) * blended_UKHW + alpha * spread_UKHW.detach()
+        base = Targets.of(blended_UKHW, batch.valid_UHW)
+        strong_U3HW, mixed = mix(config.cutmix, batch, base, context)
+        if self.training and config.threshold.mode == "dynamic":
+            counted_UHW = (base if config.threshold.ignore == "base" else mixed).valid_UHW
+            self.threshold.copy_(next_threshold(config.threshold, self.threshold, base, counted_UHW, context))
+        trusted_UHW = mixed.trusted(self.threshold)
+        factors = left_BCN[unlabeled].detach(), right_BCN[unlabeled].detach()
+        final, expanded_UHW = rectify(
+            config.region, mixed, trusted_UHW, self.threshold, factors, both.cells, batch, context
+        )
+        if context.listener is not None:
+            context.observe("alpha", self.threshold.new_full((), alpha))
+            context.observe("kept_ratio", expanded_UHW.sum() / final.valid_UHW.sum().clamp(min=1))
+            self._observe(weak, spread_UKHW, base, final, expanded_UHW, batch, context)
+
+        strong = strong_pass(strong_U3HW, batch, context)
+        targets = base, final, trusted_UHW, expanded_UHW
+        pairs = self._weak_losses(perturbed_UKHW, spread_UKHW, base) | self._strong_losses(strong, weak, targets, batch)
+        return terms | {name: unsupervised(pair, _HALF * weight) for name, (weight, pair) in pairs.items()}
+
+    def _labeled_terms(
+        self, labeled: View, spread_LKHW: Tensor, batch: SemiBatch, context: StepContext
+    ) -> dict[str, Objective]:
+        config = self.config
+        weight = _HALF * config.labeled_weight
+        terms = labeled_pair(config.criterion, labeled.logits_BKHW, spread_LKHW, batch.label_LHW, weight, context)
+        if config.matches_maps:
+            match = self.maps.label_match(labeled.projections, at_nodes(batch.label_LHW, labeled.cells))
+            terms["derivative_labeled"] = supervised(match, _HALF * config.deriv.weight)
+            if config.sparsity > 0.0:
+                sparse = self.maps.sparsity(labeled.projections)
+                terms["sparsity_labeled"] = supervised(sparse, _HALF * config.deriv.weight * config.sparsity)
+        return terms
+
+    def _weak_losses(
+        self, perturbed_UKHW: Tensor | None, spread_UKHW: Tensor, base: Targets
+    ) -> dict[str, tuple[float, Pair]]:
+        """L_fp and the weak half of L_c: taught by un-mixed labels, which no region has changed."""
+        trusted_UHW = base.trusted(self.threshold)
+        losses = {"propagated_weak": (0.5 * self.config.propagated_weight, _hard(spread_UKHW, base, trusted_UHW))}
+        if perturbed_UKHW is not None:
+            losses["perturbed"] = (self.config.fp.weight, _hard(perturbed_UKHW, base, trusted_UHW))
+        return losses
+
+    def _strong_losses(
+        self, strong: View, weak: View, targets: tuple[Targets, Targets, Tensor, Tensor], batch: SemiBatch
+    ) -> dict[str, tuple[float, Pair]]:
+        """L_soft, L_kl, the strong half of L_c, L_der_u, L_sp of the strong view."""
+        config, logits_UKHW = self.config, strong.logits_BKHW
+        base, final, trusted_UHW, expanded_UHW = targets
+        size = logits_UKHW.shape[2], logits_UKHW.shape[3]
+        spread_UKHW = propagated(logits_UKHW, *self.maps.propagation_factors(strong.projections), strong.cells)
+
+        distribution_UKHW = (final if config.kl_target == "pasted" else base).distribution_UKHW
+        taught_UHW = final.valid_UHW
+        if config.kl_target == "drop_box":
+            taught_UHW = taught_UHW & ~inside(batch.boxes_VU4[0], *size)
+        valid = final.valid_UHW.sum(dtype=torch.int64).to(logits_UKHW.dtype)
+        kl_kept_UHW = (trusted_UHW if config.kl_mask == "base" else expanded_UHW) & taught_UHW
+        if config.strong_target == "hard":
+            strong_pair = _hard(logits_UKHW, final, expanded_UHW)
+        else:
+            strong_pair = soft_cross_entropy(logits_UKHW, distribution_UKHW, expanded_UHW & taught_UHW), valid
+        losses = {
+            "strong": (config.strong_weight, strong_pair),
+            "kl": (config.kl_weight, (kl_divergence(logits_UKHW, distribution_UKHW, kl_kept_UHW), valid)),
+            "propagated_strong": (0.5 * config.propagated_weight, _hard(spread_UKHW, final, expanded_UHW)),
+        }
+        if config.matches_maps:
+            # padding is shared by both views; inside the box the weak view shows another image
+            counted_UN = at_nodes(batch.valid_UHW, strong.cells) & outside_box(batch.boxes_VU4[0], size, strong.cells)
+            match = self.maps.view_match(strong.projections, weak.projections, counted_UN)
+            losses["derivative_unlabeled"] = (config.deriv.weight, match)
+            if config.sparsity > 0.0:
+                sparse = self.maps.sparsity(strong.projections)
+                losses["sparsity_strong"] = (config.deriv.weight * config.sparsity, sparse)
+        return losses
+
+    def _observe(
+        self,
+        weak: View,
+        spread_UKHW: Tensor,
+        base: Targets,
+        final: Targets,
+        expanded_UHW: Tensor,
+        batch: SemiBatch,
+        context: StepContext,
+    ) -> None:
+        raw_UHW, raw_label_UHW = confidence_and_label(weak.logits_BKHW)
+        spread_UHW, _ = confidence_and_label(spread_UKHW)
+        trusted_UHW = base.trusted(self.threshold)
+        box_UHW = inside(batch.boxes_VU4[0], trusted_UHW.shape[1], trusted_UHW.shape[2])
+        context.observe("pseudo", raw_label_UHW)
+        context.observe("propagated", torch.where(box_UHW, base.label_UHW, final.label_UHW))
+        context.observe("confidence", base.confidence_UHW)
+        context.observe("trusted_before", trusted_UHW)
+        context.observe("trusted", torch.where(box_UHW, trusted_UHW, expanded_UHW))
+        context.observe("threshold", self.threshold)
+        for name, map_UHW in (("raw", raw_UHW), ("propagated", spread_UHW), ("blended", base.confidence_UHW)):
+            mean = (map_UHW * base.valid_UHW).sum() / base.valid_UHW.sum().clamp(min=1)
+            context.observe(f"confidence_{name}", mean)
+
+
+def _hard(logits_UKHW: Tensor, targets: Targets, kept_UHW: Tensor) -> Pair:
+    """Cross-entropy to the labels on kept pixels, over the number of all valid ones."""
+    return pixel_cross_entropy(logits_UKHW, targets.label_UHW, counted_BHW=targets.valid_UHW, weight_BHW=kept_UHW)
+
+
+def _merged(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(defaults)
+    for key, value in given.items():
+        below = merged.get(key)
+        merged[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged

@@ -1,0 +1,341 @@
+"""Label propagation along similarity maps: the parts of a step that CorrMatch and DerProp have in common.
+
+Source: Sun et al. 2024, CorrMatch, CVPR 2024. Differs: partners are neighbouring slots of the batch, segments and
+logits are never made for a map that nobody uses, rows are drawn from (seed, step) and so the same on all ranks.
+Axes: L labeled, U unlabeled, B any images, K classes, H x W pixels, h x w cells of the encoder's last map, N = h * w,
+C channels of a map's factor, S segments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from raysemi.base import Config, choices
+from raysemi.data.types import SemiBatch
+from raysemi.methods.base import StepContext
+from raysemi.models.decoders import resize
+from raysemi.models.segmentor import Features
+from raysemi.ops.losses import Criterion, Objective, labeled_loss, supervised
+from raysemi.ops.mixing import inside, paste
+from raysemi.ops.pseudo_label import confidence_and_label, peaks_by_class, update_threshold
+from raysemi.ops.regions import propagate_regions
+from raysemi.ops.similarity import at_least_fp32, map_rows, propagate, segments
+
+HIDDEN = 256
+"""Channels of the correlation head before its projections."""
+_HEAD_DROP, _FEATURE_DROP = 0.1, 0.5
+
+Size = tuple[int, int]
+"""Height and width."""
+
+
+class ThresholdConfig(Config):
+    """`method.threshold.*`: from which confidence on a pseudo-label is trusted."""
+
+    mode: Literal["dynamic", "fixed"] = Field("dynamic", json_schema_extra=choices(["dynamic", "fixed"]))
+    """dynamic: follows the mean over present classes of their largest confidence. fixed: `initial` for ever."""
+    initial: float = Field(0.85, gt=0.0, le=1.0, json_schema_extra=choices([0.65, 0.75, 0.85, 0.95]))
+    """Threshold before the first step, a probability."""
+    momentum: float = Field(0.999, ge=0.0, lt=1.0, json_schema_extra=choices([0.99, 0.999, 0.9995]))
+    """Share of the old threshold that a step keeps."""
+    ignore: Literal["base", "pasted"] = "base"
+    """Pixels that count: valid ones of the weak view, or (the reference) those of the mixed view."""
+
+
+class RegionConfig(Config):
+    """`method.region.*`: segments, rows of the map, that overwrite pseudo-labels."""
+
+    enable: bool = True
+    """False: pseudo-labels and trusted pixels stay as they are."""
+    segments: int = Field(128, ge=1, le=4096, json_schema_extra=choices([16, 32, 64, 128, 256]))
+    """S, rows of the map that are sampled; the same rows for all images of a step."""
+    rows: Literal["random", "uniform", "reference"] = Field("random", json_schema_extra=choices(["random", "uniform"]))
+    """random: with replacement. uniform: evenly spaced. reference: random, but the last cell is never drawn."""
+    impl: Literal["auto", "oracle", "loop", "bitplane"] = "auto"
+    """Implementation (`ops.regions`); all give the same bits."""
+
+
+class CutMixConfig(Config):
+    """`method.cutmix.*`."""
+
+    partner: Literal["pair", "second_view", "momentum_view"] = "pair"
+    """Whose pixels fill the box. pair: of the neighbouring slot, nothing is computed twice. second_view: of another
+    view of the same image, labeled by the student in eval mode. momentum_view: the same, labeled by the momentum
+    network (the reference of DerProp)."""
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Both sides' features of some images; one and the same tensor when the projection is shared."""
+
+    first_BDN: Tensor
+    second_BDN: Tensor
+
+    @staticmethod
+    def of(first_BDhw: Tensor, second_BDhw: Tensor) -> Projections:
+        """From the head's maps."""
+        first_BDN = first_BDhw.flatten(2)
+        return Projections(first_BDN, first_BDN if second_BDhw is first_BDhw else second_BDhw.flatten(2))
+
+    @property
+    def sides(self) -> tuple[Tensor, ...]:
+        """The distinct ones."""
+        return (self.first_BDN,) if self.second_BDN is self.first_BDN else (self.first_BDN, self.second_BDN)
+
+    def detach(self) -> Projections:
+        """Without gradient."""
+        return Projections.from_sides(tuple(side.detach() for side in self.sides))
+
+    def images(self, rows: slice) -> Projections:
+        """Those of some of the images."""
+        return Projections.from_sides(tuple(side[rows] for side in self.sides))
+
+    @staticmethod
+    def from_sides(sides: tuple[Tensor, ...]) -> Projections:
+        """The inverse of `sides`."""
+        return Projections(sides[0], sides[-1])
+
+
+@dataclass(frozen=True)
+class View:
+    """What the student says of some images."""
+
+    logits_BKHW: Tensor
+    """At least fp32."""
+    projections: Projections
+    cells: Size
+    """Of the encoder's last map."""
+
+    def images(self, rows: slice) -> View:
+        """What it says of some of them."""
+        return View(self.logits_BKHW[rows], self.projections.images(rows), self.cells)
+
+
+def weak_pass(batch: SemiBatch, context: StepContext, perturb: bool) -> tuple[View, Tensor | None]:
+    """Labeled and weak views in one pass, so that they share BatchNorm's statistics.
+
+    Returns:
+        View of the L + U images; and, when asked for, logits of the unlabeled ones from features of which half of the
+        channels are dropped, decoded together with the clean ones: [U, K, H, W].
+    """
+    num_labeled = len(batch.image_L3HW)
+    images_B3HW = torch.cat((batch.image_L3HW, batch.weak_U3HW))
+    features = context.student.encode(images_B3HW)
+    keep_BC = torch.cat(
+        (
+            context.keep(batch.slots_L, "correlation/labeled", HIDDEN, _HEAD_DROP),
+            context.keep(batch.slots_U, "correlation/weak", HIDDEN, _HEAD_DROP),
+        )
+    )
+    projections = Projections.of(*context.student.heads["correlation"](features.high_BCHW, keep_BC=keep_BC))
+    cells = features.high_BCHW.shape[2], features.high_BCHW.shape[3]
+    if perturb and len(batch.weak_U3HW) > 0:
+        maps = []
+        for name, map_BCHW in (("fp/low", features.low_BCHW), ("fp/high", features.high_BCHW)):
+            keep_UC = context.keep(batch.slots_U, name, map_BCHW.shape[1], _FEATURE_DROP).to(map_BCHW.dtype)
+            maps.append(torch.cat((map_BCHW, map_BCHW[num_labeled:] * keep_UC[:, :, None, None])))
+        features = Features(*maps)
+    logits_BKHW, _ = context.student.decode(features, images_B3HW.shape[-2:])
+    clean_BKHW, perturbed_UKHW = at_least_fp32(logits_BKHW).tensor_split([len(images_B3HW)])
+    return View(clean_BKHW, projections, cells), perturbed_UKHW if len(perturbed_UKHW) > 0 else None
+
+
+def strong_pass(strong_U3HW: Tensor, batch: SemiBatch, context: StepContext) -> View:
+    """The mixed strong views, with BatchNorm statistics of their own."""
+    features = context.student.encode(strong_U3HW)
+    keep_UC = context.keep(batch.slots_U, "correlation/strong", HIDDEN, _HEAD_DROP)
+    projections = Projections.of(*context.student.heads["correlation"](features.high_BCHW, keep_BC=keep_UC))
+    logits_UKHW, _ = context.student.decode(features, strong_U3HW.shape[-2:])
+    return View(at_least_fp32(logits_UKHW), projections, (features.high_BCHW.shape[2], features.high_BCHW.shape[3]))
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What unlabeled images are taught; no gradient."""
+
+    distribution_UKHW: Tensor
+    """Probabilities."""
+    confidence_UHW: Tensor
+    label_UHW: Tensor
+    """int64."""
+    valid_UHW: Tensor
+    """bool, False where padded."""
+
+    @staticmethod
+    def of(logits_UKHW: Tensor, valid_UHW: Tensor) -> Targets:
+        """From logits."""
+        logits_UKHW = at_least_fp32(logits_UKHW.detach())
+        return Targets(logits_UKHW.softmax(dim=1), *confidence_and_label(logits_UKHW), valid_UHW)
+
+    def trusted(self, threshold: Tensor) -> Tensor:
+        """Valid pixels at least as confident as the threshold."""
+        return (self.confidence_UHW >= threshold) & self.valid_UHW
+
+
+def mix(config: CutMixConfig, batch: SemiBatch, targets: Targets, context: StepContext) -> tuple[Tensor, Targets]:
+    """CutMix of the first strong view and of everything it is taught: (strong_U3HW, targets)."""
+    own = _pixels(batch.strong_VU3HW[0], targets)
+    mixed = paste(batch.boxes_VU4[0], *own, source=_source(config, batch, context))
+    return mixed[0], Targets(*mixed[1:])
+
+
+def _pixels(strong_U3HW: Tensor, targets: Targets) -> tuple[Tensor, ...]:
+    fields = targets.distribution_UKHW, targets.confidence_UHW, targets.label_UHW, targets.valid_UHW
+    return strong_U3HW, *fields
+
+
+def _source(config: CutMixConfig, batch: SemiBatch, context: StepContext) -> tuple[Tensor, ...] | None:
+    if config.partner == "pair":
+        return None
+    weak, strong, valid = batch.second_weak_U3HW, batch.second_strong_U3HW, batch.second_valid_UHW
+    assert weak is not None  # the method asked for a second view
+    assert strong is not None
+    assert valid is not None
+    with torch.no_grad():
+        if config.partner == "momentum_view":
+            assert context.teacher is not None  # the config refuses it without a momentum network
+            return _pixels(strong, Targets.of(context.teacher(weak).logits_BKHW, valid))
+        mode = context.student.training
+        context.student.eval()  # running statistics, and this view leaves no trace in them
+        try:
+            return _pixels(strong, Targets.of(context.student(weak).logits_BKHW, valid))
+        finally:
+            context.student.train(mode)
+
+
+def next_threshold(
+    config: ThresholdConfig,
+    threshold: Tensor,
+    targets: Targets,
+    valid_UHW: Tensor,
+    context: StepContext,
+) -> Tensor:
+    """The threshold after this step's predictions, the same on all ranks; a step with non-finite ones changes nothing.
+
+    Args:
+        config: momentum.
+        threshold: scalar.
+        targets: un-mixed predictions.
+        valid_UHW: bool, pixels that count.
+        context: the maximum over ranks.
+    """
+    num_classes = targets.distribution_UKHW.shape[1]
+    peaks_K = context.across.max(
+        peaks_by_class(targets.confidence_UHW, targets.label_UHW, valid_UHW, num_classes).float()
+    )
+    moved = update_threshold(threshold, peaks_K, config.momentum)
+    return torch.where(moved.isfinite(), moved, threshold)
+
+
+def propagated(logits_BKHW: Tensor, left_BCN: Tensor, right_BCN: Tensor, cells: Size) -> Tensor:
+    """Logits spread along the map, zc = up(sg(down(z)) M): [B, K, H, W], gradient into the factors alone."""
+    small_BKhw = resize(logits_BKHW.detach(), cells)
+    spread_BKN = propagate(small_BKhw.flatten(2), left_BCN, right_BCN)
+    return resize(spread_BKN.unflatten(2, cells), logits_BKHW.shape[-2:])
+
+
+def rectify(
+    config: RegionConfig,
+    mixed: Targets,
+    trusted_UHW: Tensor,
+    threshold: Tensor,
+    factors: tuple[Tensor, Tensor],
+    cells: Size,
+    batch: SemiBatch,
+    context: StepContext,
+) -> tuple[Targets, Tensor]:
+    """Region propagation on the mixed labels: (targets with new labels, trusted pixels, more than before).
+
+    Args:
+        config: segments.
+        mixed: what the mixed strong views are taught.
+        trusted_UHW: bool, its trusted pixels.
+        threshold: of the confidence; here also of a segment's trusted share and of its majority.
+        factors: of the weak views' map.
+        cells: of that map.
+        batch: the boxes; a segment is of the image outside the box and does not enter it.
+        context: the step.
+    """
+    if not config.enable:
+        return mixed, trusted_UHW
+    size = trusted_UHW.shape[1:]
+    allowed_UHW = mixed.valid_UHW & ~inside(batch.boxes_VU4[0], size[0], size[1])
+    shapes_USHW = region_shapes(config, *factors, cells, allowed_UHW, context)
+    label_UHW, expanded_UHW = propagate_regions(mixed.label_UHW, trusted_UHW, shapes_USHW, threshold, config.impl)
+    return replace(mixed, label_UHW=label_UHW), expanded_UHW
+
+
+def rows_of_step(config: RegionConfig, num_cells: int, context: StepContext, device: torch.device) -> Tensor:
+    """Rows of the map that become segments in this step, the same on all ranks: int64 [S]."""
+    num_rows = config.segments
+    if config.rows == "uniform":
+        return torch.arange(num_rows, device=device) * num_cells // num_rows
+    slot_1 = torch.zeros(1, dtype=torch.int64, device=device)
+    reach = num_cells if config.rows == "random" else max(num_cells - 1, 1)
+    rows_S = (context.uniform(slot_1, "region/rows", num_rows)[0] * reach).long()
+    return rows_S.clamp(max=reach - 1)  # the product may round up to `reach`
+
+
+def region_shapes(
+    config: RegionConfig, left_UCN: Tensor, right_UCN: Tensor, cells: Size, allowed_UHW: Tensor, context: StepContext
+) -> Tensor:
+    """Segments of the step: rows of the weak view's map as shapes, cut to the allowed pixels; bool [U, S, H, W]."""
+    rows_S = rows_of_step(config, cells[0] * cells[1], context, left_UCN.device)
+    rows_UShw = map_rows(left_UCN, right_UCN, rows_S).unflatten(2, cells)
+    shapes_USHW = segments(rows_UShw, allowed_UHW.shape[1], allowed_UHW.shape[2])
+    return shapes_USHW.logical_and_(allowed_UHW[:, None])
+
+
+def at_nodes(map_BHW: Tensor, cells: Size) -> Tensor:
+    """A map of labels or truths read at the cells' centres, corners aligned: [B, h * w].
+
+    For a crop of 8 k + 1 pixels and stride 8 these are the pixels [::8, ::8]; never interpolated, since a class
+    between two classes does not exist.
+    """
+    y_h, x_w = (
+        _node_pixels(pixels, nodes, map_BHW.device) for pixels, nodes in zip(map_BHW.shape[1:], cells, strict=True)
+    )
+    return map_BHW.index_select(1, y_h).index_select(2, x_w).flatten(1)
+
+
+def _node_pixels(pixels: int, nodes: int, device: torch.device) -> Tensor:
+    gaps = max(nodes - 1, 1)
+    return (torch.arange(nodes, device=device) * (2 * (pixels - 1)) + gaps) // (2 * gaps)  # rounded half up
+
+
+def outside_box(boxes_U4: Tensor, size: Size, cells: Size) -> Tensor:
+    """Cells of which no part lies in the image's CutMix box: bool [U, h * w].
+
+    A cell reaches half way to the next one's centre. Exact from the corners of the box, so nothing is pooled.
+    """
+    outside = []
+    for low_U, high_U, pixels, nodes in (
+        (boxes_U4[:, 1], boxes_U4[:, 3], size[0], cells[0]),
+        (boxes_U4[:, 0], boxes_U4[:, 2], size[1], cells[1]),
+    ):
+        gaps = max(nodes - 1, 1)
+        centre_n = torch.arange(nodes, device=boxes_U4.device) * (2 * (pixels - 1))  # in 1 / (2 gaps) pixels
+        first_U1, last_U1 = low_U[:, None] * (2 * gaps), (high_U[:, None] - 1) * (2 * gaps)
+        touches_Un = (centre_n + (pixels - 1) >= first_U1) & (centre_n - (pixels - 1) <= last_U1)
+        outside.append(~(touches_Un & (high_U > low_U)[:, None]))
+    return (outside[0][:, :, None] | outside[1][:, None, :]).flatten(1)
+
+
+def labeled_pair(
+    criterion: Criterion,
+    logits_LKHW: Tensor,
+    propagated_LKHW: Tensor,
+    labels_LHW: Tensor,
+    weight: float,
+    context: StepContext,
+) -> dict[str, Objective]:
+    """The labeled loss of the logits and of the propagated ones, at equal weight."""
+    return {
+        name: supervised(labeled_loss(criterion, logits, labels_LHW, context.across), weight)
+        for name, logits in (("supervised", logits_LKHW), ("supervised_propagated", propagated_LKHW))
+    }

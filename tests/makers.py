@@ -1,0 +1,107 @@
+"""Small real parts for tests: a network with a tiny encoder, a batch, the context of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from raysemi.data.types import SemiBatch
+from raysemi.methods.base import SingleRank, StepContext
+from raysemi.models.decoders import DeepLabV3Plus
+from raysemi.models.encoders import Encoder
+from raysemi.models.segmentor import Segmentor
+
+
+class TinyEncoder(Encoder):
+    """Three convolutions: 6 channels at stride 4, 10 at stride 8."""
+
+    def __init__(self) -> None:
+        low = nn.Sequential(nn.Conv2d(3, 6, 3, stride=4, padding=1), nn.BatchNorm2d(6), nn.ReLU())
+        high = nn.Sequential(nn.Conv2d(6, 10, 3, stride=2, padding=1), nn.BatchNorm2d(10), nn.ReLU())
+        net = nn.ModuleDict({"low": low, "high": high})
+        super().__init__(net, 6, 10, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+
+    def forward(self, images_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+        low_BDhw = self.net["low"](images_B3HW)
+        return low_BDhw, self.net["high"](low_BDhw)
+
+
+def tiny_segmentor(
+    num_classes: int,
+    heads_of: Callable[[int, int], dict[str, nn.Module]] | None = None,
+    seed: int = 0,
+    frozen: bool = False,
+) -> Segmentor:
+    """The real network around a tiny encoder: some thousands of parameters besides the heads."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = TinyEncoder()
+        decoder = DeepLabV3Plus(6, 10, num_classes, channels=8, low_channels=4, rates=(1, 2, 3))
+        heads = {} if heads_of is None else heads_of(6, 10)
+        return Segmentor(encoder, decoder, heads, num_classes, frozen=frozen)
+
+
+def semi_batch(
+    num_classes: int,
+    labeled: int = 2,
+    unlabeled: int = 2,
+    height: int = 33,
+    width: int = 41,
+    seed: int = 0,
+    second_view: bool = False,
+    views: int = 1,
+) -> SemiBatch:
+    """Smooth random images: a strip of ignored labels, a padded strip, a CutMix box in each first unlabeled image."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def images(count: int) -> Tensor:
+        coarse = torch.rand(count, 3, 5, 6, generator=generator)
+        return nn.functional.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=True)
+
+    def valid() -> Tensor:
+        valid_UHW = torch.ones(unlabeled, height, width, dtype=torch.bool)
+        valid_UHW[-1:, :, width - 9 :] = False
+        return valid_UHW
+
+    label_LHW = torch.randint(0, num_classes, (labeled, height, width), generator=generator)
+    label_LHW[:, : height // 4] = 255
+    weak_U3HW = images(unlabeled)
+    noise = torch.rand(views, unlabeled, 3, height, width, generator=generator)
+    boxes_VU4 = torch.zeros(views, unlabeled, 4, dtype=torch.int64)
+    boxes_VU4[:, :1] = torch.tensor([7, 5, 36, 22])
+    second_weak_U3HW = images(unlabeled) if second_view else None
+    return SemiBatch(
+        image_L3HW=images(labeled),
+        label_LHW=label_LHW,
+        slots_L=torch.arange(labeled),
+        weak_U3HW=weak_U3HW,
+        valid_UHW=valid(),
+        slots_U=torch.arange(unlabeled),
+        strong_VU3HW=(0.7 * weak_U3HW + 0.3 * noise),
+        boxes_VU4=boxes_VU4,
+        second_weak_U3HW=second_weak_U3HW,
+        second_strong_U3HW=None if second_weak_U3HW is None else 0.8 * second_weak_U3HW,
+        second_valid_UHW=valid() if second_view else None,
+    )
+
+
+def step_context(
+    student: Segmentor,
+    teacher: Segmentor | None = None,
+    step: int = 0,
+    steps: int = 100,
+    period: int = 10,
+    **rest: object,
+) -> StepContext:
+    """The context of a step of a run with one rank and seed 0."""
+    return StepContext(
+        student=student,
+        teacher=teacher,
+        step=step,
+        steps=steps,
+        period=period,
+        seed=0,
+        **{"across": SingleRank(), **rest},
+    )
