@@ -71,6 +71,11 @@ def _items(source: Source, part: Part, needed: bool) -> list[Item]:
         return []  # a part that is not packed need not be there
 
 
+def is_plain(key: str) -> bool:
+    """Whether a key is a relative path that stays below any folder it is joined to, and prints on one line."""
+    return key.isprintable() and "\\" not in key and not {"", ".", ".."}.intersection(key.split("/"))
+
+
 def key_faults(keys: Sequence[str], escape_dots: bool) -> list[str]:
     """What is wrong with keys: WebDataset ends a key at its first dot, and a key is a relative path.
 
@@ -81,7 +86,7 @@ def key_faults(keys: Sequence[str], escape_dots: bool) -> list[str]:
     faults = []
     stored: dict[str, str] = {}
     for key in keys:
-        if not key.isprintable() or "\\" in key or {"", ".", ".."}.intersection(key.split("/")):
+        if not is_plain(key):
             faults.append(f"key must be a plain relative path without `..`; got {key!r}. Rename the file.")
         elif "." in key and not escape_dots:
             faults.append(f"key must not hold a dot; got {key!r}. Rename the file or pass --escape-dots.")

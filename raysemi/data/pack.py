@@ -7,16 +7,12 @@ come last: a folder without them is unfinished, and the same command goes on wit
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import re
 import shutil
-import signal
-from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +20,9 @@ from pyarrow import fs
 
 from raysemi.data.choose import POOLS, choose_entries, file_stats, raise_faults, same_images
 from raysemi.data.pool import FORMAT_VERSION, INDEX_FILE, POOL_FILE, Pool, write_index
-from raysemi.data.shard import PARTS, Entry, ShardDone, ShardPlan, Stat, fingerprint, read_part, write_shard
+from raysemi.data.shard import PARTS, Entry, ShardPlan, Stat, fingerprint, read_part, write_shard
 from raysemi.data.sources import Source
+from raysemi.data.workers import run_tasks
 from raysemi.errors import ConfigError, DataError
 
 SHARD_SAMPLES = 256
@@ -114,7 +111,9 @@ def pack(
         progress(done, total)
     tasks = [shard for plan in open_plans for shard in plan.shards]
     more = False
-    with closing(_run(source, tasks, min(processes or len(_cores()), len(tasks)))) as results:
+    with closing(
+        run_tasks(partial(write_shard, source), tasks, processes, preload=("raysemi.data.shard", "webdataset"))
+    ) as results:
         for count, (shard, result) in enumerate(results, start=1):
             done += result.samples
             if result.faults:
@@ -134,10 +133,6 @@ def pack(
     for plan in open_plans:
         _finish(plan, source, made)
     return {plan.name: Pool.open(plan.folder) for plan in plans}
-
-
-def _cores() -> Sequence[int]:
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
 
 
 def _check_arguments(out: str | Path, pools: Sequence[str], processes: int | None, shard_samples: int) -> None:
@@ -214,40 +209,6 @@ def _check_space(plans: Sequence[PoolPlan], stats: Mapping[Path, Stat]) -> None:
             f"the disk of {plans[0].folder.parent} must have room for {needed / 1e9:.1f} GB; got {free / 1e9:.1f} GB. "
             f"Free some space or choose another --out."
         )
-
-
-def _run(
-    source: Source, tasks: Sequence[ShardPlan], processes: int
-) -> Generator[tuple[ShardPlan, ShardDone], None, None]:
-    """Results of `write_shard` as they come. Closing it lets the shards that are being written end, and no others."""
-    if processes <= 1:
-        for task in tasks:
-            yield task, write_shard(source, task)
-        return
-    # fork would copy the threads' locks of pyarrow and torch; a fork server has none and imports only once
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([write_shard.__module__, "webdataset"])
-    executor = ProcessPoolExecutor(processes, mp_context=context, initializer=_ignore_interrupt)
-    waiting = list(reversed(tasks))
-    running: dict[Future[ShardDone], ShardPlan] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < 2 * processes:  # tasks hold annotations: only a few at a time
-                task = waiting.pop()
-                running[executor.submit(write_shard, source, task)] = task
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(future), future.result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a process of pack must live until its shard is written; got one that was killed, often for lack of "
-            "memory. Run the same command again with fewer --processes: finished shards stay."
-        ) from error
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-def _ignore_interrupt() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process: the first one decides
 
 
 def _finish(plan: PoolPlan, source: Source, made: Mapping[str, Any]) -> None:

@@ -168,7 +168,7 @@ def to_indices(raw: NDArray[Any], classes: ClassMap, path: Path) -> NDArray[np.u
     if coloured:
         values = values[..., 0] << 16 | values[..., 1] << 8 | values[..., 2]
     meaning = classes.index_of_colour if coloured else classes.index_of_id
-    if values.size and 0 <= values.min() and values.max() <= 0xFFFF:  # ids are small: counting is faster than sorting
+    if values.size and values.min() >= 0 and values.max() <= 0xFFFF:  # ids are small: counting is faster than sorting
         present, places = np.flatnonzero(np.bincount(values.ravel())), None
     else:
         present, places = np.unique(values, return_inverse=True)
