@@ -5,7 +5,8 @@ Axes: L labeled, U unlabeled images of this rank, V strong views, H x W pixels o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -39,6 +40,12 @@ class HostBatch:
     second_photometric_UP: Tensor | None = None
     truth_UHW: Tensor | None = None
     """uint8 labels of the unlabeled images, for measuring alone; a training stream never has them."""
+
+    def pinned(self) -> HostBatch:
+        """The same batch in page-locked memory, from which a CUDA device copies without holding the host up."""
+        parts = ((field.name, getattr(self, field.name)) for field in fields(self))
+        tensors: dict[str, Any] = {name: part.pin_memory() for name, part in parts if isinstance(part, Tensor)}
+        return replace(self, **tensors)
 
 
 @dataclass(frozen=True)

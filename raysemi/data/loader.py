@@ -1,0 +1,313 @@
+"""The stream of a run: labeled and unlabeled samples of each step, decoded, cropped and stacked for one rank.
+
+A batch is a pure function of (pools, seed, step, global batch, rank, world): loader processes change the speed, no bit.
+Axes: L labeled, U unlabeled images of this rank, V strong views, S side of the crop.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pyarrow import fs
+from pydantic import Field
+from torch.utils.data import DataLoader, Dataset
+
+from raysemi.base import Config, choices
+from raysemi.data.order import Order
+from raysemi.data.pool import Pool
+from raysemi.data.reader import Reader, Sample, Skipped
+from raysemi.data.types import HostBatch
+from raysemi.data.views import (
+    Geometry,
+    ViewsConfig,
+    draw_box,
+    draw_geometry,
+    generator,
+    label_view,
+    valid_view,
+    weak_view,
+)
+from raysemi.errors import ConfigError, DataError, RaysemiError
+from raysemi.ops import photometric
+
+_log = logging.getLogger(__name__)
+
+
+class DataConfig(Config):
+    """Where the samples are, and how they become batches."""
+
+    labeled: str | None = None
+    """Pool in which every sample has a mask: a folder or a URL."""
+    unlabeled: str | None = None
+    """Pool of images without masks; masks that it may carry are never used to train."""
+    val: str | None = None
+    """Pool that is evaluated on."""
+    crop: int = Field(321, ge=1, json_schema_extra=choices([321, 513], unit="pixels"))
+    """Side of the square that is trained on, pixels."""
+    views: ViewsConfig = ViewsConfig()
+    """How the views are drawn."""
+    loader_processes: int | None = Field(None, ge=0)
+    """Processes a rank that read and decode; 0 = in the training process; none = by the cores of the rank."""
+    prefetch: int = Field(2, ge=1)
+    """Steps that each loader process prepares ahead."""
+    on_corrupt: Literal["raise", "skip"] = "raise"
+    """A corrupt sample stops the run with an error that names it, or is counted, logged and replaced by another."""
+    corrupt_limit: int = Field(100, ge=0)
+    """Different corrupt samples that one rank may skip before the run stops."""
+
+
+def loader_processes(setting: int | None, cores: int) -> int:
+    """Loader processes of a rank: the setting, or 0 where the rank has one core, else all but one, at most 4."""
+    if setting is not None:
+        return setting
+    return 0 if cores <= 1 else min(4, cores - 1)
+
+
+class Stream:
+    """Batches of the steps start to stop - 1 for one rank, in order.
+
+    Args:
+        config: crop, views, processes, what to do with corrupt samples.
+        pools: open pools by name: `labeled`, and `unlabeled` where there is one.
+        seed: seed of the run.
+        batch_labeled, batch_unlabeled: global batches, images a step over all ranks.
+        rank, world: this rank and the number of ranks, which divides both batches.
+        strong_views: strong views of each unlabeled image; 0 = no unlabeled image is read.
+        second_view: whether each unlabeled image comes in a second random geometry too.
+        start, stop: global steps.
+        with_truth: read the masks of the unlabeled images, to measure pseudo-labels; there are no CutMix boxes then.
+        cores: cores of this rank, for `loader_processes: none`.
+        pinned: hand out page-locked tensors, which a CUDA device copies without holding the host up.
+
+    Raises:
+        ConfigError: a batch that the ranks cannot share, or no labeled pool.
+        DataError: pools without the masks that they need, or, while iterating, a sample that cannot be read.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        pools: Mapping[str, Pool],
+        seed: int,
+        batch_labeled: int,
+        batch_unlabeled: int,
+        rank: int,
+        world: int,
+        strong_views: int,
+        second_view: bool,
+        start: int,
+        stop: int,
+        with_truth: bool = False,
+        *,
+        cores: int = 1,
+        pinned: bool = False,
+    ) -> None:
+        self.config = config
+        self.start, self.stop = start, stop
+        self.processes = loader_processes(config.loader_processes, cores)
+        self.pinned = pinned
+        self._corrupt: set[str] = set()
+        used = ["labeled", "unlabeled"] if strong_views > 0 and pools.get("unlabeled") is not None else ["labeled"]
+        batches = {"labeled": batch_labeled, "unlabeled": batch_unlabeled}
+        faults = [] if pools.get("labeled") is not None else ["data.labeled must be a pool; got none. Pack one."]
+        faults += [
+            f"train.batch.{name} must be a positive multiple of the number of ranks, {world}; got {batches[name]}. "
+            f"Change the batch or the number of ranks."
+            for name in used
+            if batches[name] < 1 or batches[name] % world
+        ]
+        if faults:
+            raise ConfigError(faults)
+        masked = {"labeled": True, "unlabeled": with_truth}
+        self._pools = [pools[name] for name in used]
+        for name, pool in zip(used, self._pools, strict=True):
+            if masked[name] and not pool.labeled:
+                raise DataError(
+                    f"data.{name} must be a pool whose samples all have masks; got {pool.path} with {pool.num_masks} "
+                    f"masks for {pool.num_samples} samples. Pack it with masks."
+                )
+        shared = dict(zip(used, self._pools, strict=True))
+        self._steps = _Steps(config, shared, seed, batches, rank, world, strong_views, second_view, with_truth)
+
+    def __len__(self) -> int:
+        return max(self.stop - self.start, 0)
+
+    def __iter__(self) -> Iterator[HostBatch]:
+        for pool in self._pools:
+            _ = pool.index  # read once, before it is shared with the processes; a broken index shows here
+        with warnings.catch_warnings():
+            # Python 3.12 warns of any fork beside threads, torch of more processes than cores: these only read and
+            # decode, and their number is a setting
+            warnings.filterwarnings("ignore", message=".*multi-threaded.*fork", category=DeprecationWarning)
+            warnings.filterwarnings("ignore", message=".*worker processes in total", category=UserWarning)
+            loader = DataLoader(
+                self._steps,
+                batch_size=None,
+                sampler=range(self.start, self.stop),
+                num_workers=self.processes,
+                collate_fn=_unchanged,
+                prefetch_factor=self.config.prefetch if self.processes else None,
+                multiprocessing_context=_start_method(self._pools) if self.processes else None,
+                worker_init_fn=_one_thread,
+                generator=torch.Generator(),  # of its own: the loader else draws from the global one
+            )
+            batches = iter(loader)
+        while True:
+            try:
+                made = next(batches, None)
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise DataError(
+                    f"loader processes must stay alive; got: {error}. Free memory or shared memory (/dev/shm), or "
+                    f"lower data.loader_processes."
+                ) from error
+            if made is None:
+                return
+            batch, skipped = made
+            if isinstance(batch, RaysemiError):
+                raise batch
+            self._count(skipped)
+            yield batch.pinned() if self.pinned else batch
+
+    @property
+    def corrupt(self) -> int:
+        """Different corrupt samples that this stream has skipped."""
+        return len(self._corrupt)
+
+    def _count(self, skipped: tuple[Skipped, ...]) -> None:
+        for place, text in skipped:
+            if place not in self._corrupt:
+                self._corrupt.add(place)
+                _log.warning("skipped corrupt sample %d: %s", len(self._corrupt), text)
+        if len(self._corrupt) > self.config.corrupt_limit:
+            raise DataError(
+                f"data.corrupt_limit must not be exceeded: at most {self.config.corrupt_limit} corrupt samples; got "
+                f"{len(self._corrupt)}, the last: {skipped[-1].text}"
+            )
+
+
+class _Steps(Dataset[Any]):
+    """Step -> (batch or the error that it met, what was skipped). Errors travel as values: their text stays."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        pools: Mapping[str, Pool],
+        seed: int,
+        batches: Mapping[str, int],
+        rank: int,
+        world: int,
+        strong_views: int,
+        second_view: bool,
+        with_truth: bool,
+    ) -> None:
+        self.config, self.seed = config, seed
+        self.strong_views, self.second_view, self.with_truth = strong_views, second_view, with_truth
+        self.readers = {name: Reader(pool, config.on_corrupt) for name, pool in pools.items()}
+        self.orders = {name: Order(pool.shard_rows, pool.digest, seed, batches[name]) for name, pool in pools.items()}
+        self.slots = {name: (rank * batches[name] // world, (rank + 1) * batches[name] // world) for name in pools}
+
+    def __getitem__(self, step: int) -> tuple[HostBatch | RaysemiError, tuple[Skipped, ...]]:
+        skipped: list[Skipped] = []
+        try:
+            return self._batch(step, skipped), tuple(skipped)
+        except RaysemiError as error:
+            return error, ()
+
+    def _batch(self, step: int, skipped: list[Skipped]) -> HostBatch:
+        side, views = self.config.crop, self.strong_views
+        image_L3HW, label_LHW, keys_L, slots_L = [], [], [], self._slots("labeled")
+        for sample, number in self._samples("labeled", step, True, skipped):
+            geometry = self._geometry(sample, number, "geometry")
+            image_L3HW.append(weak_view(sample.image, geometry))
+            assert sample.mask is not None
+            label_LHW.append(label_view(sample.mask, geometry))
+            keys_L.append(sample.key)
+
+        slots_U = self._slots("unlabeled")
+        num = len(slots_U)
+        weak_U3HW, valid_UHW, truth_UHW, second_U3HW, second_valid_UHW, keys_U = [], [], [], [], [], []
+        boxes_VU4 = np.zeros((views, num, 4), dtype=np.int64)
+        photometric_VUP = np.zeros((views, num, len(photometric.PARAMETERS)), dtype=np.float32)
+        second_UP = np.zeros((num, len(photometric.PARAMETERS)), dtype=np.float32)
+        for u, (sample, number) in enumerate(self._samples("unlabeled", step, self.with_truth, skipped)):
+            draws = (self.seed, number, sample.key)
+            geometry = self._geometry(sample, number, "geometry")
+            weak_U3HW.append(weak_view(sample.image, geometry))
+            valid_UHW.append(valid_view(geometry))
+            keys_U.append(sample.key)
+            for v in range(views):
+                photometric_VUP[v, u] = photometric.draw(generator(*draws, f"photometric {v}"), self.config.views)
+                if not self.with_truth:
+                    boxes_VU4[v, u] = draw_box(generator(*draws, f"cutmix {v}"), self.config.views, side)
+            if sample.mask is not None:
+                truth_UHW.append(label_view(sample.mask, geometry))
+            if self.second_view:
+                geometry = self._geometry(sample, number, "second geometry")
+                second_U3HW.append(weak_view(sample.image, geometry))
+                second_valid_UHW.append(valid_view(geometry))
+                second_UP[u] = photometric.draw(generator(*draws, "second photometric"), self.config.views)
+
+        picture, plane = (3, side, side), (side, side)
+        return HostBatch(
+            step=step,
+            image_L3HW=_stack(image_L3HW, picture, np.uint8),
+            label_LHW=_stack(label_LHW, plane, np.uint8),
+            slots_L=slots_L,
+            keys_L=tuple(keys_L),
+            weak_U3HW=_stack(weak_U3HW, picture, np.uint8),
+            valid_UHW=_stack(valid_UHW, plane, np.bool_),
+            slots_U=slots_U,
+            keys_U=tuple(keys_U),
+            boxes_VU4=torch.from_numpy(boxes_VU4),
+            photometric_VUP=torch.from_numpy(photometric_VUP),
+            second_weak_U3HW=_stack(second_U3HW, picture, np.uint8) if self.second_view else None,
+            second_valid_UHW=_stack(second_valid_UHW, plane, np.bool_) if self.second_view else None,
+            second_photometric_UP=torch.from_numpy(second_UP) if self.second_view else None,
+            truth_UHW=_stack(truth_UHW, plane, np.uint8) if self.with_truth else None,
+        )
+
+    def _slots(self, name: str) -> torch.Tensor:
+        return torch.arange(*self.slots.get(name, (0, 0)))
+
+    def _samples(self, name: str, step: int, with_mask: bool, skipped: list[Skipped]) -> Iterator[tuple[Sample, int]]:
+        if name not in self.readers:
+            return
+        for row, number in zip(*self.orders[name].slots(step, *self.slots[name]), strict=True):
+            sample = self.readers[name].sample(int(row), with_mask)
+            skipped.extend(sample.skipped)
+            yield sample, int(number)
+
+    def _geometry(self, sample: Sample, number: int, name: str) -> Geometry:
+        width, height = sample.image.size
+        rng = generator(self.seed, number, sample.key, name)
+        return draw_geometry(rng, self.config.views, height, width, self.config.crop)
+
+
+def _stack(arrays: list[NDArray[Any]], shape: tuple[int, ...], kind: type[np.generic]) -> torch.Tensor:
+    stacked = np.empty((len(arrays), *shape), dtype=kind)
+    for i, array in enumerate(arrays):
+        stacked[i] = array
+    return torch.from_numpy(stacked)
+
+
+def _unchanged(made: Any) -> Any:
+    return made
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)
+
+
+def _start_method(pools: list[Pool]) -> str:
+    # a forked client of an object store has lost its threads; fork is unsafe on macOS
+    local = all(isinstance(pool.filesystem, fs.LocalFileSystem) for pool in pools)
+    return "fork" if local and sys.platform == "linux" else "forkserver"

@@ -1,0 +1,183 @@
+"""Images and masks of a pool, read by offset and decoded; what is broken is named, or skipped and replaced."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections import OrderedDict
+from io import BytesIO
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from raysemi.data.pool import NOT_ANNOTATED, Pool, Row
+from raysemi.errors import DataError
+
+LARGEST_PIXELS = 89_478_485
+"""Pixels of the largest image that is decoded, Pillow's own bound: a small file may claim to be huge."""
+MOST_OPEN_SHARDS = 128
+MOST_REPLACEMENTS = 16
+
+_FORMATS = ("JPEG", "PNG", "WEBP")
+_BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
+
+
+class CorruptSample(DataError):
+    """One sample's bytes are wrong; the only fault that `data.on_corrupt: skip` passes over."""
+
+
+class Skipped(NamedTuple):
+    """A corrupt sample that was passed over."""
+
+    place: str
+    """Pool, shard and key: the same each time, while the text of a fault may not be."""
+    text: str
+
+
+class Sample(NamedTuple):
+    """A decoded sample, and what had to be skipped to get it."""
+
+    row: int
+    """Row of the index that was read; another than the one asked for when that one was corrupt."""
+    key: str
+    image: Image.Image
+    """RGB."""
+    mask: NDArray[np.uint8] | None
+    """uint8 [H, W] class index, 255 = not annotated; None unless asked for."""
+    skipped: tuple[Skipped, ...]
+    """Corrupt samples that were tried before, in order."""
+
+
+class Reader:
+    """Reads samples of one pool; may be pickled and used after a fork: each process opens its own shards.
+
+    Args:
+        pool: the pool, local or remote.
+        on_corrupt: `raise`, or `skip`: `sample` then takes another sample of the pool, a pure function of the pool and
+            the row, the same on every rank.
+    """
+
+    def __init__(self, pool: Pool, on_corrupt: Literal["raise", "skip"] = "raise") -> None:
+        self.pool = pool
+        self.on_corrupt = on_corrupt
+        self._open: OrderedDict[str, pa.NativeFile] = OrderedDict()
+        self._process = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"pool": self.pool, "on_corrupt": self.on_corrupt, "_open": OrderedDict(), "_process": -1}
+
+    def image(self, row_index: int) -> NDArray[np.uint8]:
+        """Image of a sample, uint8 RGB [H, W, 3].
+
+        Raises:
+            DataError: names shard and key when the bytes are missing, broken, or of another size than the index says.
+        """
+        return np.asarray(self.picture(row_index))
+
+    def picture(self, row_index: int) -> Image.Image:
+        """Image of a sample, RGB, as Pillow holds it: what the views resize without another copy. Raises as `image`."""
+        row = self.pool.row(row_index)
+        picture = self._decoded(row, row.image_offset, row.image_bytes, "image", _FORMATS)
+        if picture.mode.startswith(("I", "F")):
+            raise self._corrupt(row, "image must have 8 bits a channel", picture.mode)
+        return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+    def mask(self, row_index: int) -> NDArray[np.uint8]:
+        """Mask of a sample, uint8 class index [H, W], 255 = not annotated.
+
+        Raises:
+            DataError: as `image`; also when the sample has no mask, or a class that the pool does not have.
+        """
+        row = self.pool.row(row_index)
+        if row.mask_offset is None or row.mask_bytes is None:
+            raise DataError(
+                f"{self._where(row)}: sample must have a mask to be used as labeled; got none. Use a pool in which "
+                f"every sample has one."
+            )
+        picture = self._decoded(row, row.mask_offset, row.mask_bytes, "mask", ("PNG",))
+        if picture.mode not in ("L", "P"):
+            raise self._corrupt(row, "mask must be an 8-bit PNG of one channel", picture.mode)
+        mask = np.asarray(picture)
+        # 255 + 1 wraps to 0, so that one maximum finds any class outside the list
+        if int((mask + np.uint8(1)).max()) > len(self.pool.classes):
+            wrong = int(mask[mask != NOT_ANNOTATED].max())
+            raise self._corrupt(row, f"mask must hold classes below {len(self.pool.classes)} or 255", wrong)
+        return mask
+
+    def sample(self, row_index: int, with_mask: bool = False) -> Sample:
+        """A decoded sample, or, where it is corrupt and `on_corrupt` is `skip`, another one instead.
+
+        Raises:
+            DataError: as `image` and `mask`; with `skip` only when many in a row are corrupt, or a shard is missing.
+        """
+        skipped: list[Skipped] = []
+        tried = row_index
+        while True:
+            try:
+                picture = self.picture(tried)
+                mask = self.mask(tried) if with_mask else None
+                return Sample(tried, self.pool.key(tried), picture, mask, tuple(skipped))
+            except CorruptSample as error:
+                if self.on_corrupt == "raise":
+                    raise
+                skipped.append(Skipped(self._where(self.pool.row(tried)), str(error)))
+                if len(skipped) > MOST_REPLACEMENTS:
+                    raise DataError(
+                        f"pool {self.pool.path}: at most {MOST_REPLACEMENTS} samples in a row may be corrupt; got "
+                        f"{len(skipped)}, the last: {error}"
+                    ) from error
+            seed = f"{self.pool.digest}/{row_index}/{len(skipped)}".encode()
+            tried = int.from_bytes(hashlib.blake2b(seed, digest_size=8).digest(), "little") % self.pool.num_samples
+
+    def _decoded(self, row: Row, offset: int, length: int, what: str, formats: tuple[str, ...]) -> Image.Image:
+        if row.height * row.width > LARGEST_PIXELS:
+            raise self._corrupt(row, f"{what} must have at most {LARGEST_PIXELS} pixels", row.height * row.width)
+        payload = self._payload(row, offset, length, what)
+        try:
+            picture = Image.open(BytesIO(payload), formats=formats)
+            size = picture.size
+            if size == (row.width, row.height):  # known from the header, before anything large is made
+                picture.load()
+        except _BROKEN as error:
+            got = "other bytes" if isinstance(error, UnidentifiedImageError) else error  # its own text is an address
+            raise self._corrupt(row, f"{what} must be a readable {'/'.join(formats)}", got) from error
+        if size != (row.width, row.height):
+            size_text = f"{size[0]}x{size[1]}"
+            raise self._corrupt(row, f"{what} must be {row.width}x{row.height} pixels as the index says", size_text)
+        return picture
+
+    def _payload(self, row: Row, offset: int, length: int, what: str) -> bytes:
+        try:
+            payload: bytes = self._shard(row.shard).read_at(length, offset)
+        except OSError as error:
+            raise DataError(
+                f"{self._where(row)}: shard must be readable; got {error}. Check the disk or the network."
+            ) from error
+        if len(payload) != length:
+            missing = f"{len(payload)} of {length} bytes from {offset}"
+            raise self._corrupt(row, f"shard must hold all bytes of the {what}", missing)
+        return payload
+
+    def _shard(self, name: str) -> pa.NativeFile:
+        if self._process != os.getpid():  # handles of the parent are not used here: their position may be shared
+            self._open, self._process = OrderedDict(), os.getpid()
+        if name in self._open:
+            self._open.move_to_end(name)
+            return self._open[name]
+        self._open[name] = file = self.pool.open_shard(name)
+        if len(self._open) > MOST_OPEN_SHARDS:
+            self._open.popitem(last=False)[1].close()
+        return file
+
+    def _where(self, row: Row) -> str:
+        return f"pool {self.pool.path}, shard {row.shard}, key {row.key}"
+
+    def _corrupt(self, row: Row, rule: str, got: object) -> CorruptSample:
+        return CorruptSample(
+            f"{self._where(row)}: {rule}; got {got}. Run `raysemi verify`, pack the pool again, or set "
+            f"data.on_corrupt=skip."
+        )

@@ -1,0 +1,223 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from pyarrow import fs
+
+from raysemi.data import loader
+from raysemi.data.loader import DataConfig, Stream, loader_processes
+from raysemi.data.order import Order
+from raysemi.data.reader import Reader
+from raysemi.errors import ConfigError, DataError
+
+SIDE = 24
+
+
+@pytest.fixture
+def pools(tmp_path, make_pool):
+    return {"labeled": make_pool(tmp_path / "l", 5), "unlabeled": make_pool(tmp_path / "u", 13, masks=False)}
+
+
+def stream(pools, start=0, stop=4, *, rank=0, world=1, strong=2, second=True, truth=False, batches=(2, 4), **settings):
+    config = DataConfig(crop=SIDE, **settings)
+    return Stream(config, pools, 7, *batches, rank, world, strong, second, start, stop, truth)
+
+
+def assert_same(one, other):
+    for field in dataclasses.fields(one):
+        a, b = getattr(one, field.name), getattr(other, field.name)
+        if isinstance(a, torch.Tensor):
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b), field.name
+        else:
+            assert a == b, field.name
+
+
+def test_shapes_and_ranges(pools):
+    (batch,) = stream(pools, 3, 4)
+    assert batch.step == 3
+    assert batch.image_L3HW.shape == (2, 3, SIDE, SIDE)
+    assert batch.label_LHW.shape == (2, SIDE, SIDE)
+    assert set(batch.label_LHW.unique().tolist()) <= {0, 1, 255}
+    assert batch.weak_U3HW.dtype == torch.uint8
+    assert batch.valid_UHW.dtype == torch.bool
+    assert batch.boxes_VU4.shape == (2, 4, 4)
+    assert batch.photometric_VUP.shape == (2, 4, 10)
+    assert not torch.equal(batch.photometric_VUP[0], batch.photometric_VUP[1])
+    assert batch.second_weak_U3HW.shape == (4, 3, SIDE, SIDE)
+    assert not torch.equal(batch.second_weak_U3HW, batch.weak_U3HW)
+    assert batch.second_photometric_UP.shape == (4, 10)
+    assert batch.truth_UHW is None
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_loader_processes_do_not_change_a_bit(pools, method, monkeypatch):
+    monkeypatch.setattr(loader, "_start_method", lambda pools: method)
+    torch.manual_seed(3)
+    plain = list(stream(pools, 2, 9, loader_processes=0))
+    shared = list(stream(pools, 2, 9, loader_processes=3))
+    assert [batch.step for batch in shared] == list(range(2, 9))
+    for one, other in zip(plain, shared, strict=True):
+        assert_same(one, other)
+    drawn = torch.rand(1)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.rand(1))  # the global generator was left alone
+
+
+def test_any_start_and_any_number_of_ranks_give_the_same_global_batches(pools):
+    whole = list(stream(pools, 0, 6))
+    assert_same(next(iter(stream(pools, 5, 6))), whole[5])
+    halves = [next(iter(stream(pools, 5, 6, rank=rank, world=2))) for rank in range(2)]
+    for field in ("image_L3HW", "label_LHW", "slots_L", "weak_U3HW", "valid_UHW", "slots_U", "second_weak_U3HW"):
+        assert torch.equal(torch.cat([getattr(half, field) for half in halves]), getattr(whole[5], field))
+    assert torch.equal(torch.cat([half.boxes_VU4 for half in halves], dim=1), whole[5].boxes_VU4)
+    assert torch.equal(torch.cat([half.photometric_VUP for half in halves], dim=1), whole[5].photometric_VUP)
+    assert halves[1].slots_U.tolist() == [2, 3]
+    assert halves[0].keys_U + halves[1].keys_U == whole[5].keys_U
+
+
+def test_keys_follow_the_order_and_views_change_with_the_pass(pools):
+    order = Order(pools["labeled"].shard_rows, pools["labeled"].digest, 7, 2)
+    batches = list(stream(pools, 0, 5))  # two passes of 5 labeled samples
+    for t, batch in enumerate(batches):
+        assert batch.keys_L == tuple(pools["labeled"].key(i) for i in order.step(t)[0])
+    views = [(key, image) for batch in batches for key, image in zip(batch.keys_L, batch.image_L3HW, strict=True)]
+    for key in {key for key, _ in views}:
+        first, second = (image for name, image in views if name == key)
+        assert not torch.equal(first, second)
+
+
+def test_the_views_are_those_of_the_sample(pools):
+    config = {"views": {"scale": (1, 1), "flip": 0}}
+    for batch in stream(pools, 0, 3, **config):
+        for key, image, label in zip(batch.keys_L, batch.image_L3HW, batch.label_LHW, strict=True):
+            i = int(key[-3:])
+            source, mask = Reader(pools["labeled"]).image(i), Reader(pools["labeled"]).mask(i)
+            windows = np.lib.stride_tricks.sliding_window_view(mask, (SIDE, SIDE))
+            places = np.argwhere((windows == label.numpy()).all(axis=(2, 3)))
+            assert len(places) == 1
+            top, left = places[0]
+            assert np.array_equal(source[top : top + SIDE, left : left + SIDE].transpose(2, 0, 1), image.numpy())
+
+
+@pytest.mark.parametrize("without", ["pool", "views"])
+def test_labeled_only(pools, without):
+    given = {"labeled": pools["labeled"]} if without == "pool" else pools
+    plain = list(stream(pools, 0, 3))
+    for batch, other in zip(stream(given, 0, 3, strong=2 if without == "pool" else 0), plain, strict=True):
+        assert batch.weak_U3HW.shape == (0, 3, SIDE, SIDE)
+        assert batch.valid_UHW.shape == (0, SIDE, SIDE)
+        assert batch.boxes_VU4.shape[1:] == (0, 4)
+        assert batch.slots_U.shape == (0,)
+        assert batch.keys_U == ()
+        assert torch.equal(batch.image_L3HW, other.image_L3HW)
+
+
+def test_training_never_opens_an_unlabeled_mask(tmp_path, make_pool, pools, monkeypatch):
+    def garbage(key, files):
+        files["mask.png"] = b"not a mask"
+
+    masked = make_pool(tmp_path / "garbage", 13, change=garbage)
+    opened = []
+    read = Reader.mask
+
+    def spy(self, row):
+        opened.append(self.pool)
+        return read(self, row)
+
+    monkeypatch.setattr(Reader, "mask", spy)
+    for one, other in zip(stream({**pools, "unlabeled": masked}), stream(pools), strict=True):
+        assert one.truth_UHW is None
+        assert torch.equal(one.image_L3HW, other.image_L3HW)
+    assert opened
+    assert set(opened) == {pools["labeled"]}
+    with pytest.raises(DataError, match=r"key city/\d+: mask must be a readable PNG"):
+        next(iter(stream({**pools, "unlabeled": masked}, truth=True)))
+
+
+def test_measuring_reads_the_truth_and_draws_no_boxes(tmp_path, make_pool, pools):
+    kept = {**pools, "unlabeled": make_pool(tmp_path / "kept", 13)}
+    trained = list(stream(kept))
+    assert sum(batch.boxes_VU4.any().item() for batch in trained) > 0
+    for batch, other in zip(stream(kept, truth=True), trained, strict=True):
+        assert torch.equal(batch.weak_U3HW, other.weak_U3HW)
+        assert not batch.boxes_VU4.any()
+        assert (batch.truth_UHW[~batch.valid_UHW] == 255).all()
+        assert set(batch.truth_UHW[batch.valid_UHW].unique().tolist()) == {0, 1, 255}
+    with pytest.raises(DataError, match=r"data\.unlabeled must be a pool whose samples all have masks"):
+        stream(pools, truth=True)
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_a_corrupt_sample_stops_the_run_with_its_own_words(tmp_path, make_pool, pools, processes):
+    def change(key, files):
+        if key == "city/003":
+            files["jpg"] = files["jpg"][:200]
+
+    broken = {**pools, "unlabeled": make_pool(tmp_path / "b", 13, masks=False, change=change)}
+    with pytest.raises(DataError) as caught:
+        list(stream(broken, loader_processes=processes))
+    text = str(caught.value)
+    assert "key city/003: image must be a readable" in text
+    assert "Traceback" not in text
+    assert "worker" not in text
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_skipped_samples_are_counted_logged_and_limited(tmp_path, make_pool, pools, processes, caplog):
+    def change(key, files):
+        if key in ("city/003", "city/009"):
+            files["jpg"] = b"broken"
+
+    broken = {**pools, "unlabeled": make_pool(tmp_path / "b", 13, masks=False, change=change)}
+    settings = {"on_corrupt": "skip", "loader_processes": processes}
+    run = stream(broken, 0, 13, **settings)
+    keys = [key for batch in run for key in batch.keys_U]
+    assert run.corrupt == 2  # distinct samples, though four passes met each of them
+    assert len(caplog.records) == 2
+    assert "key city/003" in caplog.text
+    assert len(keys) == 52
+    assert not {"city/003", "city/009"} & set(keys)
+    shared = [
+        key
+        for rank in range(2)
+        for batch in stream(broken, 4, 5, rank=rank, world=2, **settings)
+        for key in batch.keys_U
+    ]
+    assert shared == keys[16:20]
+    with pytest.raises(DataError, match=r"at most 1 corrupt samples; got 2"):
+        list(stream(broken, 0, 13, corrupt_limit=1, **settings))
+
+
+def test_batches_must_divide(pools):
+    with pytest.raises(ConfigError) as caught:
+        stream(pools, world=3)
+    assert [fault.split(" must")[0] for fault in caught.value.faults] == [
+        "train.batch.labeled",
+        "train.batch.unlabeled",
+    ]
+    assert len(stream({"labeled": pools["labeled"]}, world=2, batches=(2, 3))) == 4  # no unlabeled pool, no rule for it
+    with pytest.raises(ConfigError, match=r"data\.labeled must be a pool"):
+        stream({})
+    with pytest.raises(DataError, match=r"data\.labeled must be a pool whose samples all have masks"):
+        stream({"labeled": pools["unlabeled"]})
+
+
+def test_loader_processes_by_cores():
+    assert [loader_processes(None, cores) for cores in (0, 1, 2, 4, 5, 16)] == [0, 0, 1, 3, 4, 4]
+    assert loader_processes(7, 1) == 7
+
+
+def test_remote_pools_are_not_forked(tmp_path, pools):
+    remote = type(pools["labeled"]).open("l", fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem()))
+    assert loader._start_method([pools["labeled"], remote]) == "forkserver"
+
+
+def test_a_dead_loader_process_is_explained(pools, monkeypatch):
+    import os
+    import signal
+
+    monkeypatch.setattr(loader._Steps, "_batch", lambda self, step, skipped: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(DataError, match=r"loader processes must stay alive.*data\.loader_processes"):
+        list(stream(pools, loader_processes=1))
