@@ -2,9 +2,9 @@
 
 Six classes of object (`ball, fruit, box, can, ring, star`) and the background, so masks hold 0 to 6. Outline, relief
 and texture together decide the kind: colours are drawn alike for all kinds and for the background, balls and fruit
-share their outline and differ in texture, and flat discs, scraps, bands and pebbles lie around that are background. Size,
-attitude, pattern, light, shadow, noise and occlusion vary per object or image, so that a handful of labeled images
-does not cover what several hundred unlabeled ones show.
+share their outline and differ in texture, and flat discs, scraps, bands and pebbles lie around that are background.
+Size, attitude, pattern, light, shadow, noise and occlusion vary per object or image, so that a handful of labeled
+images does not cover what several hundred unlabeled ones show.
 
 An image is a pure function of (seed, part, index). It is drawn at twice its size and reduced; a pixel of the mask is
 the object that covers at least half of it.
