@@ -199,8 +199,9 @@ class Pool:
         """Where sample i lies, i from 0 to num_samples - 1."""
         image_offset, image_bytes, mask_offset, mask_bytes, height, width = self._places[i].tolist()
         shard = self.shard_files[int(np.searchsorted(self._shard_ends, i, side="right"))].name
-        mask = (mask_offset, mask_bytes) if mask_offset >= 0 else (None, None)
-        return Row(self.key(i), shard, image_offset, image_bytes, *mask, height, width)
+        if mask_offset < 0:
+            return Row(self.key(i), shard, image_offset, image_bytes, None, None, height, width)
+        return Row(self.key(i), shard, image_offset, image_bytes, mask_offset, mask_bytes, height, width)
 
     def open_shard(self, name: str) -> pa.NativeFile:
         """A shard, open for reads at any offset.
