@@ -148,7 +148,10 @@ def _stop_within_steps(train: TrainConfig) -> Iterator[str]:
 def _pools_are_named(data: DataConfig, method: Any) -> Iterator[str]:
     for name in ("labeled", "val"):
         if not getattr(data, name):
-            yield f"data.{name} must name a pool; got nothing. Make one with `raysemi pack` and add data.{name}=FOLDER."
+            yield (
+                f"data.{name} must name a pool; got nothing. Make pools with `raysemi pack ... --out DIR` and add "
+                "data.pools=DIR (short for its three pools)."
+            )
     learner = _learner(method)
     if learner.strong_views > 0 and data.unlabeled is None and not getattr(learner, "unlabeled_optional", False):
         yield (

@@ -16,6 +16,8 @@ from raysemi.errors import ConfigError
 
 _NAMED = ("method", "weighting", "gradients")
 """Sections whose short form, a word, stands for their `name`."""
+_POOLS = ("labeled", "unlabeled", "val")
+"""What `data.pools: DIR` stands for: DIR/labeled, DIR/unlabeled, DIR/val, as `raysemi pack --out DIR` writes them."""
 
 
 def load(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -31,6 +33,16 @@ def load(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     tree = _mapping(_recipe_text(str(recipe)), str(recipe))
     faults = [fault for text in overrides for fault in _override(tree, text)]
     return _validate(tree, faults)
+
+
+def change(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """A config with overrides applied, as `load` applies them.
+
+    Raises:
+        ConfigError: with every fault that was found.
+    """
+    tree = _mapping(dump(config), "config")
+    return _validate(tree, [fault for text in overrides for fault in _override(tree, text)])
 
 
 def parse(text: str, source: str = "config.yaml") -> RunConfig:
@@ -143,7 +155,13 @@ def _mapping(text: str, source: str) -> dict[str, Any]:
     for name in _NAMED:
         if isinstance(tree.get(name), str):
             tree[name] = {"name": tree[name]}
+    if isinstance(tree.get("data"), dict) and isinstance(folder := tree["data"].pop("pools", None), str):
+        tree["data"] = _pools_in(folder) | tree["data"]
     return tree
+
+
+def _pools_in(folder: str) -> dict[str, str]:
+    return {name: f"{folder.rstrip('/')}/{name}" for name in _POOLS}
 
 
 def _override(tree: dict[str, Any], text: str) -> Iterator[str]:
@@ -168,7 +186,10 @@ def _override(tree: dict[str, Any], text: str) -> Iterator[str]:
         if not isinstance(section.get(key), dict):
             section[key] = {}
         section = section[key]
-    section[keys[-1]] = value
+    if keys == ["data", "pools"]:
+        section.update(_pools_in(str(value)))
+    else:
+        section[keys[-1]] = value
 
 
 def _validate(tree: dict[str, Any], faults: list[str]) -> RunConfig:

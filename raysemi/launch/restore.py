@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from raysemi import config_io
 from raysemi.config import RunConfig
@@ -46,15 +48,25 @@ def build(config: RunConfig, num_classes: int, model: ModelConfig | None = None)
     return student, method
 
 
-def load_network(run: str | Path, which: str = "last") -> tuple[Segmentor, RunConfig, tuple[str, ...], list[list[int]]]:
-    """The network that a run evaluates: its averaged copy where it has one.
+@dataclass(frozen=True)
+class Trained:
+    """What a run has learned so far."""
+
+    network: Segmentor
+    """The network that the run evaluates (its averaged copy where it has one), in eval mode on the CPU."""
+    config: RunConfig
+    classes: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    step: int
+    """Steps done."""
+
+
+def load_network(run: str | Path, which: Literal["last", "best"] = "last") -> Trained:
+    """Reads a run folder.
 
     Args:
         run: run folder, local or URL.
         which: `last` checkpoint, or `best` on validation.
-
-    Returns:
-        The network in eval mode on the CPU, the run's config, class names, palette.
 
     Raises:
         CheckpointError: no run, or no whole checkpoint in it.
@@ -80,4 +92,5 @@ def load_network(run: str | Path, which: str = "last") -> tuple[Segmentor, RunCo
         network.load_state_dict(snapshot.tensors["teacher" if averaged else "student"])
     except RuntimeError as error:
         raise CheckpointError(f"{run} must hold weights of its own config; got others. {error}") from error
-    return network.eval(), config, classes, snapshot.state["palette"]
+    palette = tuple((red, green, blue) for red, green, blue in snapshot.state["palette"])
+    return Trained(network.eval(), config, classes, palette, snapshot.step)

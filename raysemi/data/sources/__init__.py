@@ -7,6 +7,7 @@ What belongs to one image travels in its `Item`.
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,11 +100,41 @@ def open_source(name: str, root: str | Path | None = None, **options: Any) -> So
         ConfigError: no such source.
         DataError: the folder is missing or is not laid out as the source expects.
     """
+    source: Source = _class_of(name)(root, **options)
+    return source
+
+
+def read_options(name: str, texts: Sequence[str]) -> dict[str, Any]:
+    """Options of a source from `option=value` texts, for `open_source`.
+
+    Raises:
+        ConfigError: with every text that is no option of this source, or whose value is of another kind.
+    """
+    parameters = dict(inspect.signature(_class_of(name)).parameters)
+    parameters.pop("root")
+    options: dict[str, Any] = {}
+    faults = []
+    for text in texts:
+        option, _, value = text.partition("=")
+        known = parameters.get(option)
+        kinds = {"bool": {"true": True, "false": False}.get(value), "int": int(value) if value.isdecimal() else None}
+        if known is None or not value:
+            all_of = ", ".join(f"{other}=..." for other in parameters) or "nothing"
+            faults.append(f"options of source {name} must be among {all_of}; got {text!r}. Correct or remove it.")
+        elif (converted := kinds.get(known.annotation, value)) is None:
+            faults.append(f"option {option} of source {name} must be a {known.annotation}; got {value!r}. Correct it.")
+        else:
+            options[option] = converted
+    if faults:
+        raise ConfigError(faults)
+    return options
+
+
+def _class_of(name: str) -> Any:
     if name not in SOURCES:
         raise ConfigError(f"source must be one of {', '.join(SOURCES)}; got {name!r}. Choose one of these.")
     module, _, attribute = SOURCES[name].partition(":")
-    source: Source = getattr(importlib.import_module(module), attribute)(root, **options)
-    return source
+    return getattr(importlib.import_module(module), attribute)
 
 
 def source_root(root: str | Path | None, source: str) -> Path:

@@ -1,0 +1,182 @@
+"""What notebooks and other programs call; the command line stands on the same functions.
+
+import raysemi
+config = raysemi.load_config("scenes-fixmatch", ["run=runs/mine", "ray=none"])
+print(raysemi.train(config)["miou"])
+network = raysemi.load_model("runs/mine")
+logits_BKHW = network(images_B3HW).logits_BKHW  # float RGB in [0, 1]
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from raysemi import config_io
+from raysemi.config import RunConfig
+from raysemi.engine import distributed
+from raysemi.engine.evaluate import evaluate as measure
+from raysemi.engine.folder import RunFolder
+from raysemi.engine.predict import predict_folder, predict_pool
+from raysemi.engine.trainer import resolve_precision
+from raysemi.errors import CheckpointError, ConfigError
+from raysemi.launch.restore import load_network, open_pool
+from raysemi.launch.train import launch
+from raysemi.models.segmentor import Segmentor
+from raysemi.ops.confusion import iou, mean_iou, pixel_accuracy
+
+Which = Literal["last", "best"]
+Progress = Callable[[int, int], None]
+
+
+def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a recipe.
+
+    Args:
+        recipe: path of a YAML file, or the name of a recipe that comes with raysemi (`scenes-fixmatch`).
+        overrides: `a.b=value` each, as on the command line.
+
+    Raises:
+        ConfigError: with every fault at once, each under its dotted path.
+    """
+    return config_io.load(recipe, overrides)
+
+
+def train(config: RunConfig, on_log: Callable[[int, dict[str, float]], None] | None = None) -> dict[str, Any]:
+    """Trains until `train.steps` or `train.stop_at`; a run folder that was begun is continued.
+
+    Args:
+        config: from `load_config`.
+        on_log: called with (steps done, metrics by name) every `train.log_every` steps and at evaluations.
+
+    Returns:
+        `method, miou, iou (by class), pixel_accuracy` of the last evaluation, in percent, `steps, labeled, unlabeled,
+        seconds`; empty when the run stopped before its first evaluation.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: one line each.
+    """
+    return launch(config, on_log)
+
+
+def load_model(run: str | Path, which: Which = "last") -> Segmentor:
+    """The network of a run, in eval mode on the CPU.
+
+    Args:
+        run: run folder, local or URL.
+        which: the `last` checkpoint, or the `best` on validation.
+
+    Returns:
+        The network, with the attributes `classes` (names) and `palette` (RGB of each class). It takes float RGB
+        [B, 3, H, W] in [0, 1], any size, and gives a `Prediction` with `logits_BKHW`.
+
+    Raises:
+        CheckpointError: no run, or no whole checkpoint in it.
+    """
+    trained = load_network(run, which)
+    network: Any = trained.network
+    network.classes, network.palette = trained.classes, trained.palette
+    return trained.network
+
+
+def evaluate(
+    run: str | Path,
+    pool: str | Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    which: Which = "last",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measures a run on a labeled pool; under torchrun the images are spread over the ranks.
+
+    Args:
+        run: run folder, local or URL.
+        pool: labeled pool; default: the run's `data.val`.
+        overrides: `eval.*=value` in place of the run's own.
+        which: the `last` checkpoint, or the `best` on validation.
+        progress: told (images done, images in all).
+
+    Returns:
+        The fields of `result.json`, for this pool.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: one line each.
+    """
+    trained = load_network(run, which)
+    config = _with_eval(trained.config, overrides)
+    labeled = open_pool(str(pool or config.data.val), "pool", masks=True)
+    if labeled.classes != trained.classes:
+        raise CheckpointError(
+            f"{run} must have the {len(labeled.classes)} classes of {labeled.path}; got {len(trained.classes)}: "
+            f"{', '.join(trained.classes)}. Give a pool with these classes in this order."
+        )
+    across = distributed.join()
+    device = distributed.local_device()
+    precision = resolve_precision(config.train, device)
+    network = trained.network.to(device)
+    matrix_KK = measure(network, labeled, config.eval, across, device, precision=precision, progress=progress)
+    folder = RunFolder(run)
+    of_run = json.loads(folder.read_bytes("result.json")) if folder.exists("result.json") else {}
+    per_class = zip(trained.classes, iou(matrix_KK), strict=True)
+    return {
+        "method": config.method.name,
+        "miou": 100.0 * float(mean_iou(matrix_KK)),
+        "iou": {name: 100.0 * float(value) for name, value in per_class},
+        "pixel_accuracy": 100.0 * float(pixel_accuracy(matrix_KK)),
+        "steps": trained.step,
+        **{name: of_run.get(name) for name in ("labeled", "unlabeled", "seconds")},
+    }
+
+
+def predict(
+    run: str | Path,
+    *,
+    images: str | Path | None = None,
+    pool: str | Path | None = None,
+    out: str | Path,
+    overrides: Sequence[str] = (),
+    which: Which = "last",
+    progress: Progress | None = None,
+) -> int:
+    """Writes an index mask and a colour overlay of every image, at its own size.
+
+    Args:
+        run: run folder, local or URL.
+        images: folder with image files, searched with its subfolders; or
+        pool: a pool, labeled or not.
+        out: folder for `labels/` and `overlays/`.
+        overrides: `eval.*=value` in place of the run's own.
+        which: the `last` checkpoint, or the `best` on validation.
+        progress: told (images done, images in all).
+
+    Returns:
+        Number of images.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: one line each.
+    """
+    if (images is None) == (pool is None):
+        raise ConfigError("predict must get --images or --pool, one of the two; got neither or both. Give one.")
+    opened = open_pool(str(pool), "pool") if pool is not None else None
+    trained = load_network(run, which)
+    config = _with_eval(trained.config, overrides).eval
+    device = distributed.local_device()
+    precision = resolve_precision(trained.config.train, device)
+    network = trained.network.to(device)
+    if opened is not None:
+        return predict_pool(network, opened, out, config, device=device, precision=precision, progress=progress)
+    assert images is not None  # one of the two was given
+    return predict_folder(
+        network, images, out, trained.palette, config, device=device, precision=precision, progress=progress
+    )
+
+
+def _with_eval(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    other = [text for text in overrides if not text.startswith("eval.")]
+    if other:
+        raise ConfigError(
+            [f"{text} must be an eval.* setting; got another. Only these can change now." for text in other]
+        )
+    return config_io.change(config, overrides)

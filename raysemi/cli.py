@@ -1,0 +1,259 @@
+"""The command line: every command a few lines over `raysemi.api` and its neighbours.
+
+Only typer is imported here at once: torch and the like come with the command that needs them, so that help is instant.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from raysemi import __version__
+from raysemi.errors import CheckpointError, ConfigError, DataError, RaysemiError
+from raysemi.launch.terminal import Bar, is_first_rank, log_to_stderr, print_results, print_table, train_with_progress
+
+MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130
+"""Exit codes: the user's mistake, a failure, Ctrl-C."""
+
+
+class _Commands(typer.core.TyperGroup):
+    """Turns our errors into one line and an exit code; anything else is a defect and keeps its trace."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except RaysemiError as error:
+            for line in str(error).splitlines():
+                typer.secho(f"error: {line}", err=True, fg="red" if sys.stderr.isatty() else None)
+            raise typer.Exit(exit_code(error)) from error
+        except KeyboardInterrupt as error:
+            typer.echo(f"\nstopped. {error or 'The same command goes on with what is finished.'}", err=True)
+            raise typer.Exit(INTERRUPTED) from error
+
+
+def exit_code(error: RaysemiError) -> int:
+    """2 for what the user can set right, 1 for what failed around it (a full disk, a dead worker)."""
+    from_system = isinstance(error, CheckpointError) and isinstance(error.__cause__, OSError)
+    mistake = isinstance(error, ConfigError | DataError | CheckpointError) and not from_system
+    return MISTAKE if mistake else FAILURE
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Semantic segmentation from few labels and a large unlabeled pool.",
+)
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings a.b=value in place of the recipe's.")]
+Settings = Annotated[list[str] | None, typer.Argument(help="eval.*=value in place of the run's own.")]
+Run = Annotated[str, typer.Argument(help="Run folder, local or URL.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program.")]
+Best = Annotated[bool, typer.Option("--best", help="The best checkpoint on validation instead of the last.")]
+Processes = Annotated[int | None, typer.Option(help="Processes; default: one a core.")]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line; ends the process with its exit code."""
+    app(args=arguments, prog_name="raysemi")
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+    log_to_stderr(logging.DEBUG if verbose else logging.INFO)
+
+
+@app.command()
+def pack(
+    source: Annotated[str, typer.Argument(help="folder, voc, cityscapes, coco or scenes.")],
+    options: Annotated[list[str] | None, typer.Argument(help="Options of the source: name=value.")] = None,
+    *,
+    out: Annotated[Path, typer.Option(help="Folder for the pools.")],
+    root: Annotated[Path | None, typer.Option(help="Folder of the data set.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Labeled images: NAME of a list, FILE, or a number to draw.")
+    ] = None,
+    pools: Annotated[str, typer.Option(help="Which pools to write.")] = "labeled,unlabeled,val",
+    seed: Annotated[int, typer.Option(help="Of the draw when --split is a number.")] = 0,
+    processes: Processes = None,
+    keep_unlabeled_masks: Annotated[
+        bool, typer.Option("--keep-unlabeled-masks", help="Store masks of unlabeled images, to measure.")
+    ] = False,
+    escape_dots: Annotated[bool, typer.Option("--escape-dots", help="Replace dots in keys by _ .")] = False,
+    allow_same_images: Annotated[
+        bool, typer.Option("--allow-same-images", help="Accept equal images in two pools.")
+    ] = False,
+) -> None:
+    """Write a data set as pools of tar shards: OUT/labeled, OUT/unlabeled, OUT/val.
+
+    folder: ROOT/images/{train,val}, ROOT/labels/{train,val}, ROOT/classes.txt (or the option classes=FILE).
+    voc: option sbd=DIR. coco, voc: check=false. scenes, drawn: train=800 val=100 size=128 seed=0, no --root.
+    """
+    from raysemi.data import pack as packing
+    from raysemi.data.sources import open_source, read_options
+
+    opened = open_source(source, root, **read_options(source, options or []))
+    with Bar("images") as bar:
+        made = packing.pack(
+            opened,
+            out,
+            split=int(split) if split and split.isdecimal() else split,
+            pools=[name.strip() for name in pools.split(",")],
+            seed=seed,
+            processes=processes,
+            keep_unlabeled_masks=keep_unlabeled_masks,
+            escape_dots=escape_dots,
+            allow_same_images=allow_same_images,
+            progress=bar,
+        )
+    for name, pool in made.items():
+        typer.echo(f"{name}: {pool.num_samples} images, {len(pool.shards)} shards, {pool.path}")
+
+
+@app.command()
+def index(
+    pool: Annotated[str, typer.Argument(help="Folder or URL with tar shards.")],
+    classes: Annotated[Path | None, typer.Option(help="File with a class name a line; needed for masks.")] = None,
+    mask_suffix: Annotated[str, typer.Option(help="What follows the key in a mask's name.")] = "mask.png",
+    processes: Processes = None,
+) -> None:
+    """Write the index of shards that someone else made; afterwards they are a pool."""
+    from raysemi.data.index import index_shards
+    from raysemi.data.sources import read_list
+
+    names = read_list(classes) if classes else []
+    with Bar("shards") as bar:
+        made = index_shards(pool, classes=names, mask_suffix=mask_suffix, processes=processes, progress=bar)
+    typer.echo(f"{made.num_samples} images, {len(made.shards)} shards, {made.path}")
+
+
+@app.command()
+def verify(pool: Annotated[str, typer.Argument(help="Pool, local or URL.")]) -> None:
+    """Read every byte of a pool again and compare it with its digests."""
+    from raysemi.data import pool as pools
+
+    opened = pools.Pool.open(pool)
+    with Bar("shards") as bar:
+        pools.verify(opened, bar)
+    typer.echo(f"{opened.num_samples} images in {len(opened.shards)} shards are as they were written")
+
+
+@app.command()
+def plan(
+    pool: Annotated[str, typer.Argument(help="Pool, local or URL.")],
+    batch: Annotated[int, typer.Option(min=1, help="Images of a step over all ranks.")],
+    world: Annotated[int, typer.Option(min=1, help="Ranks.")] = 1,
+    rank: Annotated[int, typer.Option(min=0, help="The rank to print.")] = 0,
+    start: Annotated[int, typer.Option(min=0, help="First step.")] = 0,
+    stop: Annotated[int, typer.Option(min=0, help="Step after the last.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
+) -> None:
+    """Print the keys that a rank reads, a line a step."""
+    from raysemi.data.order import Order
+    from raysemi.data.pool import Pool
+
+    if rank >= world or batch % world:
+        raise ConfigError(f"--rank must be below --world, which divides --batch; got {rank}, {world} and {batch}.")
+    opened, share = Pool.open(pool), batch // world
+    order = Order(opened.shard_rows, opened.digest, seed, batch)
+    for step in range(start, stop):
+        rows, _ = order.slots(step, rank * share, (rank + 1) * share)
+        typer.echo(" ".join(opened.key(int(row)) for row in rows))
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="YAML file, or a recipe's name.")], overrides: Overrides = None
+) -> None:
+    """Train a recipe; the same command again continues the run.
+
+    raysemi train scenes-fixmatch run=runs/a train.steps=200 ray.num_workers=2 (ray=none: without Ray)
+    """
+    from raysemi import config_io
+
+    config = config_io.load(recipe, overrides or [])
+    result = train_with_progress(config)
+    if is_first_rank():
+        print_results({config.run: result})
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    overrides: Settings = None,
+    *,
+    pool: Annotated[str | None, typer.Option(help="Labeled pool; default: the run's data.val.")] = None,
+    best: Best = False,
+    as_json: Json = False,
+) -> None:
+    """Measure a run on a labeled pool."""
+    from raysemi import api
+
+    which: Any = "best" if best else "last"
+    with Bar("images") as bar:
+        result = api.evaluate(run, pool, overrides=overrides or [], which=which, progress=bar)
+    if is_first_rank() and as_json:
+        typer.echo(json.dumps(result))
+    elif is_first_rank():
+        print_results({run: result}, classes=True)
+
+
+@app.command()
+def predict(
+    run: Run,
+    overrides: Settings = None,
+    *,
+    out: Annotated[Path, typer.Option(help="Folder for labels/ and overlays/.")],
+    images: Annotated[Path | None, typer.Option(help="Folder of image files.")] = None,
+    pool: Annotated[str | None, typer.Option(help="Pool, in place of --images.")] = None,
+    best: Best = False,
+) -> None:
+    """Write an index mask and a colour overlay for every image, at its own size."""
+    from raysemi import api
+
+    which: Any = "best" if best else "last"
+    with Bar("images") as bar:
+        done = api.predict(run, images=images, pool=pool, out=out, overrides=overrides or [], which=which, progress=bar)
+    typer.echo(f"{done} images: {out / 'labels'}, {out / 'overlays'}")
+
+
+@app.command()
+def doctor(
+    path: Annotated[Path, typer.Argument(help="Folder on the disk that runs and pools will use.")] = Path(),
+    as_json: Json = False,
+) -> None:
+    """Say what this machine has and what is missing."""
+    from raysemi import doctor as examination
+
+    findings = examination.examine(path)
+    report = examination.as_json(findings)
+    if as_json:
+        typer.echo(json.dumps(report))
+    else:
+        print_table(["", "", "found", "what to do"], [[f.state, f.name, f.value, f.advice] for f in findings])
+    if not report["ok"]:
+        raise typer.Exit(FAILURE)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where pools and runs go.")] = Path(),
+    workers: Annotated[int, typer.Option(min=1, help="Ray workers.")] = 2,
+) -> None:
+    """Draw a data set, train supervised and derprop from the same few labels, compare."""
+    from raysemi.demo import run_demo
+
+    run_demo(folder, workers)

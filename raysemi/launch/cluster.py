@@ -1,0 +1,150 @@
+"""Joining a Ray cluster or starting one on this machine: authentication, resources, quiet output.
+
+A cluster of our own always asks for a token, even though it listens on the loopback interface alone: every user of a
+shared machine can reach that, and whoever reaches an open cluster runs code as us. The token lies in a file that only
+its owner may read, outside the home folder, and goes when the process ends.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from raysemi.config import RayConfig
+from raysemi.errors import RaysemiError
+
+_log = logging.getLogger(__name__)
+
+_OBJECT_STORE_BYTES = 256 << 20
+"""Nothing large travels through Ray here; its default, a third of the memory in /dev/shm, fails in small containers."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Ray cluster that this process is connected to."""
+
+    own: bool
+    """Started here, for this process alone."""
+    here: bool
+    """All of it is this machine."""
+
+
+@contextmanager
+def connected(config: RayConfig) -> Iterator[Cluster]:
+    """Joins the cluster of `ray.address` or RAY_ADDRESS, or starts one; leaves it at the end.
+
+    A connection that exists already (a notebook's) is used and left open.
+
+    Raises:
+        RaysemiError: Ray does not start, or the address does not answer.
+    """
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    own = address in (None, "", "local")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    _set_authentication(own)
+    import ray
+
+    if ray.is_initialized():
+        yield Cluster(own=False, here=_single_node())
+        return
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        if own:
+            ray.init(
+                address="local",
+                num_cpus=max(cores(), config.num_workers * _cpus_per_worker(config, own=True)),
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                _node_ip_address="127.0.0.1",
+                **quiet,
+            )
+        else:
+            ray.init(address=address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
+        target = "start on this machine" if own else f"answer at {address}"
+        advice = (
+            "Run `raysemi doctor`, or add ray=none to train without Ray." if own else "Check ray.address and token."
+        )
+        raise RaysemiError(f"Ray must {target}; got {error}. {advice}") from error
+    try:
+        yield Cluster(own, here=own or _single_node())
+    finally:
+        ray.shutdown()
+
+
+def worker_resources(config: RayConfig, cluster: Cluster) -> tuple[int, bool]:
+    """CPU cores a worker, and whether each gets a GPU.
+
+    Raises:
+        RaysemiError: GPUs are asked for and there are fewer than workers on a cluster that cannot grow.
+    """
+    import ray
+
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    enough = gpus >= config.num_workers
+    if config.use_gpu is True and cluster.own and not enough:
+        raise RaysemiError(
+            f"ray.use_gpu must be false where there are fewer GPUs than workers; got {gpus} GPUs for "
+            f"{config.num_workers} workers. Lower ray.num_workers or set ray.use_gpu=false."
+        )
+    if config.use_gpu == "auto" and 0 < gpus < config.num_workers:
+        _log.warning(
+            "%d workers share no %d GPUs: training on the CPU. Lower ray.num_workers.", config.num_workers, gpus
+        )
+    return _cpus_per_worker(config, cluster.own), enough if config.use_gpu == "auto" else config.use_gpu
+
+
+def _single_node() -> bool:
+    import ray
+
+    return sum(node["Alive"] for node in ray.nodes()) == 1
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cpus_per_worker(config: RayConfig, own: bool) -> int:
+    if config.cpus_per_worker != "auto":
+        return config.cpus_per_worker
+    return max(1, cores() // config.num_workers) if own else 1
+
+
+def _set_authentication(own: bool) -> None:
+    # Said explicitly, since Ray's own default depends on its version and on how the cluster is reached.
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    given = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
+    if own:
+        if not given:
+            os.environ["RAY_AUTH_TOKEN_PATH"] = str(_private_token())
+        os.environ["RAY_AUTH_MODE"] = "token"
+        return
+    at_home = Path.home() / ".ray" / "auth_token"
+    if at_home.is_file():
+        at_home.chmod(0o600)  # Ray writes it readable for everyone
+    os.environ["RAY_AUTH_MODE"] = "token" if given or at_home.is_file() else "disabled"
+    if os.environ["RAY_AUTH_MODE"] == "disabled":
+        _log.warning("joining Ray without a token; set RAY_AUTH_TOKEN_PATH where the cluster asks for one.")
+
+
+@cache
+def _private_token() -> Path:
+    """A file with a new token, one a process: Ray keeps the first token that it reads."""
+    folder = tempfile.mkdtemp(prefix="raysemi-token-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = Path(folder) / "token"
+    path.touch(mode=0o600)
+    path.write_text(secrets.token_hex(32), encoding="ascii")
+    return path

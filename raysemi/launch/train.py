@@ -1,0 +1,229 @@
+"""RunConfig -> a finished run: on Ray Train's workers, as a rank of torchrun, or in this process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import secrets
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from raysemi import config_io
+from raysemi.config import RayConfig, RunConfig
+from raysemi.errors import ConfigError, RaysemiError
+from raysemi.launch.cluster import Cluster, connected, worker_resources
+
+_log = logging.getLogger(__name__)
+OnLog = Callable[[int, dict[str, float]], None]
+
+_COLLECTIVE_TIMEOUT_S = 1800
+_POLL_S = 0.3
+
+
+def launch(config: RunConfig, on_log: OnLog | None = None) -> dict[str, Any]:
+    """Trains until `train.steps` or `train.stop_at`, going on where the run folder stands.
+
+    Args:
+        config: the resolved config.
+        on_log: (steps done, metrics), called here whenever the run logs.
+
+    Returns:
+        The fields of `result.json`.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: as they were raised on the worker.
+        RaysemiError: workers or Ray itself failed more often than `ray.max_failures` allows.
+        KeyboardInterrupt: after Ctrl-C; the run folder holds the last checkpoint.
+    """
+    if isinstance(config.ray, RayConfig):
+        return _on_ray(config, config.ray, on_log)
+    from raysemi.launch.worker import run
+
+    return run(config, on_log)
+
+
+def _on_ray(config: RunConfig, settings: RayConfig, on_log: OnLog | None) -> dict[str, Any]:
+    os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(_COLLECTIVE_TIMEOUT_S))  # Ray's own default is none
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon an end or an error is noticed
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths of the config are the user's
+    with connected(settings) as cluster, tempfile.TemporaryDirectory(prefix="raysemi-ray-") as folder:
+        if not cluster.here:
+            _refuse_relative_paths(config)
+        import ray
+
+        actor: Any = ray.remote(num_cpus=0)(Board)
+        board = actor.remote()
+        cpus, gpu = worker_resources(settings, cluster)
+        settings = settings.model_copy(update={"use_gpu": gpu, "cpus_per_worker": cpus})
+        work = {
+            "config": config_io.dump(config.model_copy(update={"ray": settings})),
+            "board": board,
+            "folder": str(Path.cwd()),
+        }
+        outcome = _Outcome(_trainer(config, settings, cluster, work, folder))
+        outcome.start()
+        while outcome.is_alive():
+            _relay(ray.get(board.take.remote()), on_log)
+            outcome.join(_POLL_S)
+        _relay(ray.get(board.take.remote()), on_log)
+        return outcome.result()
+
+
+def _trainer(config: RunConfig, settings: RayConfig, cluster: Cluster, work: dict[str, Any], folder: str) -> Any:
+    from ray import train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    for name in ("ray.train", "ray.tune", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    gpu = settings.use_gpu is True
+    scaling = train.ScalingConfig(
+        num_workers=settings.num_workers,
+        use_gpu=gpu,
+        resources_per_worker={"CPU": settings.cpus_per_worker} | ({"GPU": 1} if gpu else {}),
+    )
+    storage = settings.storage or (folder if cluster.here else f"{config.run.rstrip('/')}/ray")
+    run = train.RunConfig(
+        # Ours are the checkpoints, so each launch is a new run to Ray Train.
+        name=f"raysemi-{int(time.time())}-{secrets.token_hex(4)}",
+        storage_path=storage,
+        failure_config=train.FailureConfig(max_failures=settings.max_failures),
+    )
+    backend = TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S)
+    worker: Any = _worker  # Train's annotation knows no return value; its documentation does
+    return TorchTrainer(worker, train_loop_config=work, torch_config=backend, scaling_config=scaling, run_config=run)
+
+
+class _Outcome(threading.Thread):
+    """`trainer.fit()` beside the main thread, which shows progress and hears Ctrl-C."""
+
+    def __init__(self, trainer: Any) -> None:
+        super().__init__(name="ray-train", daemon=True)
+        self._trainer = trainer
+        self._value: dict[str, Any] = {}
+        self._error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            self._value = self._trainer.fit().return_value or {}
+        except Exception as error:  # judged in the main thread
+            self._error = error
+
+    def result(self) -> dict[str, Any]:
+        if self._error is not None:
+            raise _one_line(self._error) from self._error
+        return self._value
+
+
+def _one_line(error: Exception) -> RaysemiError:
+    """The error that a user should read, out of Ray Train's."""
+    failures: Mapping[int, Exception] = getattr(error, "worker_failures", {})
+    for failure in failures.values():
+        if isinstance(failure, RaysemiError):
+            return failure
+    for rank, failure in failures.items():
+        _log.error("rank %d: %s", rank, "".join(traceback.format_exception(failure)).strip())
+    what = "; ".join(f"rank {rank}: {type(failure).__name__}: {failure}" for rank, failure in failures.items())
+    first = (what or f"{type(error).__name__}: {error}").splitlines()[0]
+    return RaysemiError(f"workers must stay alive; got {first}. The same command goes on from the last checkpoint.")
+
+
+def _refuse_relative_paths(config: RunConfig) -> None:
+    paths = {
+        "run": config.run,
+        **{f"data.{name}": getattr(config.data, name) for name in ("labeled", "unlabeled", "val")},
+    }
+    faults = [
+        f"{name} must be an absolute path or a URL that every node reaches; got {path}. Change it, or start a cluster "
+        "on this machine with ray.address=local."
+        for name, path in paths.items()
+        if path and "://" not in path and not Path(path).expanduser().is_absolute()
+    ]
+    if faults:
+        raise ConfigError(faults)
+
+
+class Board:
+    """What workers have to say, until the driver reads it; lives as an actor, so that no worker waits for a reader."""
+
+    def __init__(self) -> None:
+        self._items: list[tuple[Any, ...]] = []
+
+    def put(self, *item: Any) -> None:
+        """Adds an item: `metrics, step, values`, `message, level, text` or `fault, pickled error, pickled cause`."""
+        self._items.append(item)
+
+    def take(self) -> list[tuple[Any, ...]]:
+        """All items since the last call."""
+        items, self._items = self._items, []
+        return items
+
+
+def _relay(items: list[tuple[Any, ...]], on_log: OnLog | None) -> None:
+    for kind, *content in items:
+        if kind == "metrics" and on_log is not None:
+            on_log(*content)
+        elif kind == "message":
+            _log.log(*content)
+        elif kind == "fault":
+            # A mistake of the user: starting the workers again would only repeat it.
+            error, cause = (pickle.loads(part) for part in content)  # noqa: S301 - from our own workers
+            raise error from cause
+
+
+class _ToBoard(logging.Handler):
+    """Sends log lines of a worker to the driver's terminal: all of rank 0, warnings of the others."""
+
+    def __init__(self, board: Any, rank: int) -> None:
+        super().__init__(logging.INFO if rank == 0 else logging.WARNING)
+        self._board = board
+        self._prefix = f"rank {rank}: " if rank else ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._board.put.remote("message", record.levelno, self._prefix + record.getMessage())
+
+
+def _worker(work: dict[str, Any]) -> dict[str, Any]:
+    """What each of Ray's workers does."""
+    import ray
+    import torch
+    from ray import train
+
+    from raysemi.launch.worker import run
+
+    board, rank = work["board"], train.get_context().get_world_rank()
+    if Path(work["folder"]).is_dir():
+        os.chdir(work["folder"])
+    config = config_io.parse(work["config"])
+    assert isinstance(config.ray, RayConfig)  # `none` never comes here
+    torch.set_num_threads(int(config.ray.cpus_per_worker))
+
+    def on_log(step: int, metrics: dict[str, float]) -> None:
+        if rank == 0:
+            board.put.remote("metrics", step, metrics)
+        # Train hands reports on every half second and holds the worker meanwhile: evaluations only, on every rank.
+        if "eval/miou" in metrics:
+            train.report({"step": step, **metrics})
+
+    handler, logger = _ToBoard(board, rank), logging.getLogger("raysemi")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        return run(config, on_log)
+    except RaysemiError as error:
+        ray.get(board.put.remote("fault", *(_pickled(part) for part in (error, error.__cause__))))
+        raise
+    finally:
+        logger.removeHandler(handler)
+
+
+def _pickled(error: BaseException | None) -> bytes:
+    try:
+        return pickle.dumps(error)
+    except (pickle.PicklingError, TypeError, AttributeError):
+        return pickle.dumps(RuntimeError(str(error)))
