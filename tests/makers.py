@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from raysemi import config_io
+from raysemi.config import RunConfig
 from raysemi.data.types import SemiBatch
 from raysemi.methods.base import SingleRank, StepContext
 from raysemi.models.decoders import DeepLabV3Plus
@@ -105,3 +108,27 @@ def step_context(
         seed=0,
         **{"across": SingleRank(), **rest},
     )
+
+
+def tiny_run(pools: Path, run: Path, method: str, *overrides: str) -> RunConfig:
+    """A run on the drawn pools of `conftest.scenes` with timm's smallest test network; one process, seconds."""
+    settings = [
+        f"run={run}",
+        *(f"data.{name}={pools / name}" for name in ("labeled", "unlabeled", "val")),
+        "data.crop=49",
+        "data.loader_processes=0",
+        "model.encoder=test_efficientnet",
+        "model.weights=random",
+        "model.channels=16",
+        "model.low_channels=8",
+        "train.batch.labeled=2",
+        "train.batch.unlabeled=2",
+        "train.log_every=1",
+        "eval.every=1000",
+        "eval.pictures=0",
+        "optim.lr=0.01",
+        "ray=none",
+    ]
+    recipe = run.parent / f"{run.name}.yaml"
+    recipe.write_text(f"method: {method}\n", encoding="utf-8")
+    return config_io.load(recipe, [*settings, *overrides])

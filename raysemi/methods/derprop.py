@@ -8,8 +8,8 @@ periods is the network that is evaluated.
 Observed, maps of the un-mixed unlabeled images: "pseudo" (argmax before propagation), "propagated" (the final label:
 blended, regions applied), "confidence", "trusted_before" and "trusted" (kept pixels before and after regions); inside a
 CutMix box, where the partner is taught, they show what the image itself has, without regions. Scalars: "threshold",
-"alpha", "kept_ratio" (of the mixed images), and the mean confidences "confidence_raw", "confidence_propagated",
-"confidence_blended", whose scales differ since columns of the map do not sum to 1.
+"alpha", "kept_ratio" (of the mixed images), and the mean confidences (at the cells) "confidence_raw",
+"confidence_propagated", "confidence_blended", whose scales differ since columns of the map do not sum to 1.
 
 Source: "Semi-Supervised Semantic Segmentation via Derivative Label Propagation", eqs. 2-12, and its code, which stands
 on CorrMatch (Sun et al. 2024). Where the two differ, `preset` chooses. Differs from both: labels are read at the cells
@@ -47,6 +47,7 @@ from raysemi.methods.propagation import (
     strong_pass,
     weak_pass,
 )
+from raysemi.models.decoders import resize
 from raysemi.models.heads import CorrelationHead
 from raysemi.ops.losses import (
     Criterion,
@@ -63,6 +64,8 @@ from raysemi.ops.similarity import remaining_channels
 
 Pair = tuple[Tensor, Tensor]
 """A sum, and what it is divided by over all ranks."""
+Taught = tuple[Targets, Targets, Tensor, Tensor]
+"""Un-mixed targets; mixed ones with rectified labels; the latter's trusted pixels before and after regions."""
 _HALF = 0.5  # the published total is the half-sum of the supervised and the unsupervised side
 
 
@@ -250,13 +253,11 @@ class DerProp(Method):
         final, expanded_UHW = rectify(
             config.region, mixed, trusted_UHW, self.threshold, factors, both.cells, batch, context
         )
+        targets = base, final, trusted_UHW, expanded_UHW
         if context.listener is not None:
-            context.observe("alpha", self.threshold.new_full((), alpha))
-            context.observe("kept_ratio", expanded_UHW.sum() / final.valid_UHW.sum().clamp(min=1))
-            self._observe(weak, spread_UKHW, base, final, expanded_UHW, batch, context)
+            self._observe(weak, spread_UKHW, targets, alpha, batch, context)
 
         strong = strong_pass(strong_U3HW, batch, context)
-        targets = base, final, trusted_UHW, expanded_UHW
         pairs = self._weak_losses(perturbed_UKHW, spread_UKHW, base) | self._strong_losses(strong, weak, targets, batch)
         return terms | {name: unsupervised(pair, _HALF * weight) for name, (weight, pair) in pairs.items()}
 
@@ -285,7 +286,7 @@ class DerProp(Method):
         return losses
 
     def _strong_losses(
-        self, strong: View, weak: View, targets: tuple[Targets, Targets, Tensor, Tensor], batch: SemiBatch
+        self, strong: View, weak: View, targets: Taught, batch: SemiBatch
     ) -> dict[str, tuple[float, Pair]]:
         """L_soft, L_kl, the strong half of L_c, L_der_u, L_sp of the strong view."""
         config, logits_UKHW = self.config, strong.logits_BKHW
@@ -319,28 +320,25 @@ class DerProp(Method):
         return losses
 
     def _observe(
-        self,
-        weak: View,
-        spread_UKHW: Tensor,
-        base: Targets,
-        final: Targets,
-        expanded_UHW: Tensor,
-        batch: SemiBatch,
-        context: StepContext,
+        self, weak: View, spread_UKHW: Tensor, targets: Taught, alpha: float, batch: SemiBatch, context: StepContext
     ) -> None:
-        raw_UHW, raw_label_UHW = confidence_and_label(weak.logits_BKHW)
-        spread_UHW, _ = confidence_and_label(spread_UKHW)
+        base, final, _, expanded_UHW = targets
         trusted_UHW = base.trusted(self.threshold)
         box_UHW = inside(batch.boxes_VU4[0], trusted_UHW.shape[1], trusted_UHW.shape[2])
-        context.observe("pseudo", raw_label_UHW)
+        context.observe("pseudo", weak.logits_BKHW.argmax(dim=1) if alpha > 0.0 else base.label_UHW)
         context.observe("propagated", torch.where(box_UHW, base.label_UHW, final.label_UHW))
         context.observe("confidence", base.confidence_UHW)
         context.observe("trusted_before", trusted_UHW)
         context.observe("trusted", torch.where(box_UHW, trusted_UHW, expanded_UHW))
         context.observe("threshold", self.threshold)
-        for name, map_UHW in (("raw", raw_UHW), ("propagated", spread_UHW), ("blended", base.confidence_UHW)):
-            mean = (map_UHW * base.valid_UHW).sum() / base.valid_UHW.sum().clamp(min=1)
-            context.observe(f"confidence_{name}", mean)
+        context.observe("alpha", self.threshold.new_full((), alpha))
+        context.observe("kept_ratio", expanded_UHW.sum() / final.valid_UHW.sum().clamp(min=1))
+        raw, spread = resize(weak.logits_BKHW.detach(), weak.cells), resize(spread_UKHW.detach(), weak.cells)
+        valid_UN = at_nodes(batch.valid_UHW, weak.cells)
+        blended = (1.0 - alpha) * raw + alpha * spread
+        for name, logits_UKhw in (("raw", raw), ("propagated", spread), ("blended", blended)):
+            confidence_UN = confidence_and_label(logits_UKhw)[0].flatten(1)
+            context.observe(f"confidence_{name}", (confidence_UN * valid_UN).sum() / valid_UN.sum().clamp(min=1))
 
 
 def _hard(logits_UKHW: Tensor, targets: Targets, kept_UHW: Tensor) -> Pair:

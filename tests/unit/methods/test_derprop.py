@@ -9,11 +9,13 @@ import pytest
 import torch
 from makers import semi_batch, step_context, tiny_segmentor
 from pydantic import ValidationError
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from raysemi.errors import ConfigError
-from raysemi.methods.base import Average, Method, SingleRank
+from raysemi.methods.base import Average, Method, SingleRank, StepContext
 from raysemi.methods.derprop import PRESETS, DerProp, DerPropConfig, projected_channels
-from raysemi.methods.propagation import at_nodes, outside_box
+from raysemi.methods.propagation import RegionConfig, Targets, at_nodes, mix, outside_box, rectify, rows_of_step
+from raysemi.ops.losses import kl_divergence
 from raysemi.ops.mixing import inside
 from raysemi.ops.pseudo_label import class_peaks, confidence_and_label, update_threshold
 
@@ -105,6 +107,41 @@ def test_no_gradient_reaches_the_teacher():
     published_total(method.objectives(batch, step_context(student, teacher.eval()))).backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert all(parameter.grad is not None for parameter in student.parameters())
+
+
+def test_each_unlabeled_term_sees_its_own_view():
+    """Frozen BatchNorm: with statistics of the batch every image would reach every term."""
+    method = DerProp(DerPropConfig(threshold=LOW, region={"segments": 6}), CLASSES)
+    student = tiny_segmentor(CLASSES, method.heads, frozen=True)
+    batch = semi_batch(CLASSES)
+    views = {"labeled": batch.image_L3HW, "weak": batch.weak_U3HW, "strong": batch.strong_VU3HW}
+    for view in views.values():
+        view.requires_grad_()
+    terms, _ = run(method, student, batch)
+    for name, term in terms.items():
+        found = torch.autograd.grad(term.total, list(views.values()), retain_graph=True, allow_unused=True)
+        reached = {view for view, g in zip(views, found, strict=True) if g is not None and g.abs().max() > 0}
+        weak = {"perturbed", "propagated_weak"}
+        assert reached == {"labeled" if name in LABELED else "weak" if name in weak else "strong"}, name
+
+
+def test_channels_are_dropped_by_slot(monkeypatch):
+    drawn, keep = {}, StepContext.keep
+
+    def record(context, slots_B, name, channels, drop):
+        drawn[name] = (slots_B.tolist(), channels, drop)
+        return keep(context, slots_B, name, channels, drop)
+
+    monkeypatch.setattr(StepContext, "keep", record)
+    batch = replace(semi_batch(CLASSES), slots_L=torch.tensor([4, 5]), slots_U=torch.tensor([6, 7]))
+    run(*build(), batch)
+    assert drawn == {
+        "correlation/labeled": ([4, 5], 256, 0.1),
+        "correlation/weak": ([6, 7], 256, 0.1),
+        "correlation/strong": ([6, 7], 256, 0.1),
+        "fp/low": ([6, 7], 6, 0.5),
+        "fp/high": ([6, 7], 10, 0.5),
+    }
 
 
 @pytest.mark.parametrize("heads", ["two", "shared"])
@@ -348,8 +385,6 @@ def test_regions_enlarge_what_is_trusted_outside_box_and_padding():
 
 @pytest.mark.parametrize(("rows", "reach"), [("random", 30), ("reference", 29), ("uniform", 30)])
 def test_rows_are_the_same_on_all_ranks(rows, reach):
-    from raysemi.methods.propagation import RegionConfig, rows_of_step
-
     config = RegionConfig(rows=rows, segments=500)
     _, student = build()
     drawn = rows_of_step(config, 30, step_context(student, step=3), torch.device("cpu"))
@@ -357,7 +392,41 @@ def test_rows_are_the_same_on_all_ranks(rows, reach):
     assert set(drawn.tolist()) == set(range(reach))
     again = rows_of_step(config, 30, step_context(student, step=4), torch.device("cpu"))
     assert torch.equal(drawn, again) == (rows == "uniform")
+    second = SingleRank()
+    second.rank, second.world = 1, 2
+    elsewhere = rows_of_step(config, 30, step_context(student, step=3, across=second), torch.device("cpu"))
+    assert torch.equal(drawn, elsewhere)
     assert rows_of_step(config, 1, step_context(student), torch.device("cpu")).max() == 0
+
+
+def test_a_row_past_the_last_cell_is_never_drawn(monkeypatch):
+    almost_1 = torch.full((1, 3), 1 - 2.0**-24)
+    monkeypatch.setattr(StepContext, "uniform", lambda self, slots_B, name, count: almost_1)
+    drawn = rows_of_step(RegionConfig(segments=3), 10201, step_context(None), torch.device("cpu"))
+    assert drawn.tolist() == [10200] * 3  # in fp32 the product rounds up to 10201
+
+
+def test_regions_stay_out_of_the_box_and_of_padding():
+    batch = semi_batch(CLASSES)
+    generator = torch.Generator().manual_seed(2)
+    left, right = (3 * torch.randn(2, 4, 30, generator=generator) for _ in range(2))
+    logits = torch.zeros(2, CLASSES, 33, 41)
+    logits[:, 2] = 4.0
+    logits[:, 1, ::3] = 9.0
+    targets, threshold = Targets.of(logits, batch.valid_UHW), torch.tensor(0.55)
+    trusted = targets.trusted(threshold)
+    trusted[:, ::5] = False
+    final, expanded = rectify(
+        RegionConfig(segments=40), targets, trusted, threshold, (left, right), (5, 6), batch, step_context(None)
+    )
+    closed = inside(batch.boxes_VU4[0], 33, 41) | ~batch.valid_UHW
+    assert torch.equal(final.label_UHW[closed], targets.label_UHW[closed])
+    assert torch.equal(expanded[closed], trusted[closed])
+    changed = final.label_UHW != targets.label_UHW
+    assert changed.any()
+    assert (expanded & ~trusted).any()
+    assert (expanded >= trusted).all()
+    assert expanded[changed].all()
 
 
 def test_box_and_labels_at_the_cells():
@@ -509,6 +578,41 @@ def test_two_ranks_see_what_one_sees():
     for name, term in one.items():
         torch.testing.assert_close(sum(part[name].total for part in parts), term.total, rtol=1e-5, atol=1e-5)
         assert sum(part[name].normaliser for part in parts) == term.normaliser
+
+
+class NoHostRead(TorchDispatchMode):
+    """Fails on every operation that would wait for the device."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert not name.startswith(self.WAITS), f"{name} reads the device"
+        if name in ("index", "index_put", "index_put_"):
+            indices = [i for i in args[1] if isinstance(i, torch.Tensor)]
+            assert all(i.dtype != torch.bool for i in indices), "boolean indexing reads the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_a_step_reads_nothing_back(preset):
+    method, student = build(preset=preset, region={"segments": 6, "impl": "loop"}, criterion={"name": "ohem"})
+    teacher = copy.deepcopy(student).eval()
+    batch = semi_batch(CLASSES, second_view=method.second_view)
+    with NoHostRead():
+        terms = method.objectives(batch, step_context(student, teacher, step=50, listener=lambda name, value: None))
+        published_total(terms).backward()
+
+
+def test_the_divergence_vanishes_when_the_strong_view_says_the_pasted_target():
+    batch = semi_batch(CLASSES)
+    logits, valid = torch.randn(2, CLASSES, 33, 41), torch.ones(2, 33, 41, dtype=torch.bool)
+    method, student = build(kl_target="pasted")
+    _, mixed = mix(method.config.cutmix, batch, Targets.of(logits, valid), step_context(student))
+    pasted = torch.where(inside(batch.boxes_VU4[0], 33, 41)[:, None], logits.flip(0), logits)
+    kept = mixed.trusted(torch.tensor(0.0))
+    assert kl_divergence(pasted, mixed.distribution_UKHW, kept).item() == pytest.approx(0.0, abs=1e-3)
+    assert kl_divergence(pasted, logits.softmax(dim=1), kept) > 100
 
 
 def test_autocast_and_nobody_listening():
