@@ -277,8 +277,8 @@ def rows_of_step(config: RegionConfig, num_cells: int, context: StepContext, dev
         return torch.arange(num_rows, device=device) * num_cells // num_rows
     slot_1 = torch.zeros(1, dtype=torch.int64, device=device)
     reach = num_cells if config.rows == "random" else max(num_cells - 1, 1)
-    rows_S = (context.uniform(slot_1, "region/rows", num_rows)[0] * reach).long()
-    return rows_S.clamp(max=reach - 1)  # the product may round up to `reach`
+    # at most 1 - 2**-24: times an integer it rounds to less than the integer, in fp32 too
+    return (context.uniform(slot_1, "region/rows", num_rows)[0] * reach).long()
 
 
 def region_shapes(

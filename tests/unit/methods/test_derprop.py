@@ -399,11 +399,11 @@ def test_rows_are_the_same_on_all_ranks(rows, reach):
     assert rows_of_step(config, 1, step_context(student), torch.device("cpu")).max() == 0
 
 
-def test_a_row_past_the_last_cell_is_never_drawn(monkeypatch):
-    almost_1 = torch.full((1, 3), 1 - 2.0**-24)
-    monkeypatch.setattr(StepContext, "uniform", lambda self, slots_B, name, count: almost_1)
-    drawn = rows_of_step(RegionConfig(segments=3), 10201, step_context(None), torch.device("cpu"))
-    assert drawn.tolist() == [10200] * 3  # in fp32 the product rounds up to 10201
+@pytest.mark.parametrize("cells", [1, 30, 4096, 10201])
+def test_the_largest_draw_is_the_last_cell(monkeypatch, cells):
+    monkeypatch.setattr(StepContext, "uniform", lambda *_: torch.full((1, 3), 1 - 2.0**-24))
+    drawn = rows_of_step(RegionConfig(segments=3), cells, step_context(None), torch.device("cpu"))
+    assert drawn.tolist() == [cells - 1] * 3
 
 
 def test_regions_stay_out_of_the_box_and_of_padding():
