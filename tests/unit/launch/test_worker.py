@@ -1,0 +1,192 @@
+"""A whole run in one process: it learns nothing here, but it must stop, go on and refuse exactly."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from makers import tiny_run
+
+from raysemi.engine import checkpoint
+from raysemi.engine.folder import RunFolder
+from raysemi.errors import CheckpointError, ConfigError, DataError
+from raysemi.launch import worker
+from raysemi.launch.restore import load_network
+from raysemi.launch.worker import run
+from raysemi.ops.photometric import PARAMETERS
+
+
+def newest(folder: Path) -> checkpoint.Snapshot:
+    return checkpoint.load_newest(RunFolder(folder))
+
+
+def assert_same_bits(a: checkpoint.Snapshot, b: checkpoint.Snapshot) -> None:
+    assert a.step == b.step
+    assert a.tensors.keys() == b.tensors.keys()
+    for stem, tensors in a.tensors.items():
+        assert tensors.keys() == b.tensors[stem].keys()
+        for name, value in tensors.items():
+            assert torch.equal(value, b.tensors[stem][name]), f"{stem}/{name}"
+
+
+@pytest.mark.parametrize("method", ["fixmatch", "derprop"])
+def test_continued_equals_never_stopped(scenes, tmp_path, method):
+    """60 steps, against 30 and 30 more: weights, averaged copy, thresholds and moments to the last bit.
+
+    The second run also evaluates and looks at pseudo-labels more often, which must not change it.
+    """
+    low = ["method.threshold=0.2"] if method == "fixmatch" else ["method.threshold.initial=0.25"]
+    whole = tiny_run(scenes, tmp_path / "whole", method, "train.steps=60", *low)
+    run(whole)
+    stopped = tiny_run(scenes, tmp_path / "parts", method, "train.steps=60", "train.stop_at=30", *low)
+    run(stopped)
+    assert newest(tmp_path / "parts").step == 30
+    on = tiny_run(
+        scenes, tmp_path / "parts", method, "train.steps=60", *low,
+        "eval.every=7", "eval.pseudo_images=4", "eval.pictures=2",
+    )  # fmt: skip
+    run(on)
+    assert_same_bits(newest(tmp_path / "whole"), newest(tmp_path / "parts"))
+    if method == "derprop":
+        assert newest(tmp_path / "parts").tensors["method"]["threshold"] != torch.tensor(0.25)
+
+
+def test_the_run_folder_holds_what_a_run_promises(scenes, tmp_path):
+    config = tiny_run(
+        scenes, tmp_path / "run", "derprop", "train.steps=6", "eval.every=3", "eval.pseudo_images=3", "eval.pictures=2"
+    )
+    seen = []
+    result = run(config, lambda step, metrics: seen.append((step, metrics)))
+    folder = tmp_path / "run"
+    assert json.loads((folder / "result.json").read_text()) == result
+    assert result.keys() == {
+        "method", "miou", "iou", "pixel_accuracy", "steps", "labeled", "unlabeled", "seconds"
+    }  # fmt: skip
+    assert (result["steps"], result["labeled"], result["unlabeled"]) == (6, 8, 16)
+    rows = pq.read_table(folder / "metrics.parquet").to_pylist()
+    names = {row["name"] for row in rows}
+    assert {"loss/total", "lr", "method/threshold", "eval/miou", "eval/student_miou"} <= names
+    assert {"pseudo/accuracy_before", "pseudo/mining_after", "pseudo/effective_after"} <= names
+    assert {row["step"] for row in rows if row["name"] == "eval/miou"} == {3, 6}
+    assert [step for step, metrics in seen if "loss/total" in metrics] == [1, 2, 3, 4, 5, 6]
+    pictures = json.loads((folder / "pictures" / "pictures.json").read_text())
+    assert [picture["kind"] for picture in pictures] == ["unlabeled"] * 2 + ["val"] * 2
+    assert all((folder / "pictures" / p["file"]).exists() for picture in pictures for p in picture["panels"])
+    trained = load_network(folder)
+    assert trained.config == config
+    assert trained.step == 6
+    assert len(trained.classes) == len(trained.palette) == trained.network.num_classes == 7
+    assert not trained.network.training
+
+
+def test_a_finished_run_does_nothing_more(scenes, tmp_path):
+    config = tiny_run(scenes, tmp_path / "run", "supervised", "train.steps=2")
+    first = run(config)
+    assert run(config) == first
+
+
+def test_rows_of_a_cut_off_run_are_dropped(scenes, tmp_path):
+    """Killed after step 5 with a checkpoint at 4: the metrics of step 5 are made again, not doubled."""
+    config = tiny_run(scenes, tmp_path / "run", "supervised", "train.steps=8", "train.stop_at=5", "train.keep=9")
+    run(config)
+    run_folder = tmp_path / "run"
+    assert checkpoint.steps(RunFolder(run_folder)) == [1, 2, 3, 4, 5]
+    shutil.rmtree(run_folder / "checkpoints" / "step-000005")
+    run(tiny_run(scenes, run_folder, "supervised", "train.steps=8", "train.keep=9"))
+    rows = pq.read_table(run_folder / "metrics.parquet").to_pylist()
+    assert [row["step"] for row in rows if row["name"] == "loss/total"] == list(range(1, 9))
+
+
+def test_another_config_in_the_same_folder_is_refused_with_the_difference(scenes, tmp_path):
+    run(tiny_run(scenes, tmp_path / "run", "supervised", "train.steps=2", "train.stop_at=1"))
+    with pytest.raises(ConfigError, match=r"optim\.lr, seed"):
+        run(tiny_run(scenes, tmp_path / "run", "supervised", "train.steps=2", "optim.lr=0.5", "seed=3"))
+    assert newest(tmp_path / "run").step == 1
+
+
+def test_other_pools_are_refused(scenes, tmp_path):
+    pools = tmp_path / "pools"
+    shutil.copytree(scenes, pools)
+    run(tiny_run(pools, tmp_path / "run", "supervised", "train.steps=2", "train.stop_at=1"))
+    shutil.rmtree(pools / "labeled")
+    shutil.copytree(scenes / "val", pools / "labeled")
+    with pytest.raises(CheckpointError, match="pools that it began with"):
+        run(tiny_run(pools, tmp_path / "run", "supervised", "train.steps=2"))
+
+
+def test_a_checkpoint_of_another_class_count_is_refused(scenes, tmp_path):
+    run(tiny_run(scenes, tmp_path / "run", "supervised", "train.steps=1"))
+    state = tmp_path / "run" / "checkpoints" / "step-000001"
+    content = json.loads((state / "state.json").read_text())
+    content["classes"] = content["classes"][:-2]
+    snapshot = checkpoint.load(RunFolder(tmp_path / "run"), 1)
+    snapshot.state["classes"] = content["classes"]
+    checkpoint.save(RunFolder(tmp_path / "run"), snapshot)
+    with pytest.raises(CheckpointError, match="weights of its own config"):
+        load_network(tmp_path / "run")
+
+
+def test_measuring_needs_masks_that_were_kept(scenes, tmp_path):
+    pools = tmp_path / "pools"
+    shutil.copytree(scenes, pools)
+    index = pq.read_table(pools / "unlabeled" / "index.parquet")
+    assert index.column("mask_offset").null_count == 0
+    content = json.loads((pools / "unlabeled" / "pool.json").read_text())
+    content["masks"] = 0
+    (pools / "unlabeled" / "pool.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="--keep-unlabeled-masks"):
+        run(tiny_run(pools, tmp_path / "run", "fixmatch", "train.steps=2", "eval.pseudo_images=2"))
+
+
+def test_a_missing_pool_names_its_setting(scenes, tmp_path):
+    with pytest.raises(DataError, match=r"data\.unlabeled.*nowhere"):
+        run(tiny_run(scenes, tmp_path / "run", "fixmatch", f"data.unlabeled={tmp_path}/nowhere"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(scenes, tmp_path, monkeypatch):
+    """SIGINT arrives in the middle of the run: a checkpoint of that very step is there, and nothing is lost."""
+    import os
+    import signal
+
+    def interrupt(step: int, metrics: dict[str, float]) -> None:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    config = tiny_run(scenes, tmp_path / "run", "fixmatch", "train.steps=6")
+    with pytest.raises(KeyboardInterrupt):
+        run(config, interrupt)
+    assert newest(tmp_path / "run").step == 3
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert run(config)["steps"] == 6
+
+
+def test_a_step_that_is_not_finite_is_skipped_whole(scenes, tmp_path, monkeypatch):
+    """A NaN in one image's pixels: weights, moments, averaged copy and running statistics stay as they were."""
+    config = tiny_run(scenes, tmp_path / "run", "derprop", "train.steps=3")
+    before: dict[str, torch.Tensor] = {}
+    real = worker.Trainer.train_step
+
+    def poisoned(trainer, host):
+        if trainer.step == 1:
+            before.update({k: v.clone() for k, v in trainer.student.state_dict().items()})
+            before.update({f"average/{k}": v.clone() for k, v in trainer.average.model.state_dict().items()})
+            before["threshold"] = trainer.method.threshold.clone()
+            host.photometric_VUP[..., PARAMETERS.index("brightness")] = float("nan")
+        values = real(trainer, host)
+        if trainer.step == 2:
+            after = trainer.student.state_dict()
+            after |= {f"average/{k}": v for k, v in trainer.average.model.state_dict().items()}
+            after["threshold"] = trainer.method.threshold
+            # BatchNorm counts batches that it saw; nothing reads that counter here
+            changed = [k for k, v in before.items() if not torch.equal(v, after[k]) and "num_batches" not in k]
+            assert changed == []
+            assert values["skipped_steps"] == 1
+        return values
+
+    monkeypatch.setattr(worker.Trainer, "train_step", poisoned)
+    assert run(config)["steps"] == 3
