@@ -1,8 +1,8 @@
 """Joining a Ray cluster or starting one on this machine: authentication, resources, quiet output.
 
-A cluster of our own always asks for a token, even though it listens on the loopback interface alone: every user of a
-shared machine can reach that, and whoever reaches an open cluster runs code as us. The token lies in a file that only
-its owner may read, outside the home folder, and goes when the process ends.
+A cluster of our own always asks for a token: Ray listens on every network interface, even on a laptop, and whoever
+reaches an open cluster runs code as us. The token lies in a file that only its owner may read, outside the home folder,
+and goes when the process ends.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,7 +66,6 @@ def connected(config: RayConfig) -> Iterator[Cluster]:
                 num_cpus=max(cores(), config.num_workers * _cpus_per_worker(config, own=True)),
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
-                _node_ip_address="127.0.0.1",
                 **quiet,
             )
         else:
@@ -75,7 +75,8 @@ def connected(config: RayConfig) -> Iterator[Cluster]:
         advice = (
             "Run `raysemi doctor`, or add ray=none to train without Ray." if own else "Check ray.address and token."
         )
-        raise RaysemiError(f"Ray must {target}; got {error}. {advice}") from error
+        first = str(error).strip().splitlines()[0]
+        raise RaysemiError(f"Ray must {target}; got {type(error).__name__}: {first}. {advice}") from error
     try:
         yield Cluster(own, here=own or _single_node())
     finally:
@@ -130,13 +131,24 @@ def _set_authentication(own: bool) -> None:
         if not given:
             os.environ["RAY_AUTH_TOKEN_PATH"] = str(_private_token())
         os.environ["RAY_AUTH_MODE"] = "token"
+        _read_again()
         return
     at_home = Path.home() / ".ray" / "auth_token"
     if at_home.is_file():
         at_home.chmod(0o600)  # Ray writes it readable for everyone
     os.environ["RAY_AUTH_MODE"] = "token" if given or at_home.is_file() else "disabled"
+    _read_again()
     if os.environ["RAY_AUTH_MODE"] == "disabled":
         _log.warning("joining Ray without a token; set RAY_AUTH_TOKEN_PATH where the cluster asks for one.")
+
+
+def _read_again() -> None:
+    # Ray reads these variables when it is imported; a notebook may have done so before. Ray itself does the same.
+    if "ray" in sys.modules:
+        from ray._raylet import AuthenticationTokenLoader, Config
+
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
 
 
 @cache

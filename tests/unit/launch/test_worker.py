@@ -167,7 +167,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(scenes, tmp_path, monkeypatch
 
 def test_a_step_that_is_not_finite_is_skipped_whole(scenes, tmp_path, monkeypatch):
     """A NaN in one image's pixels: weights, moments, averaged copy and running statistics stay as they were."""
-    config = tiny_run(scenes, tmp_path / "run", "derprop", "train.steps=3")
+    config = tiny_run(scenes, tmp_path / "run", "derprop", "train.steps=3", "train.period=3")
     before: dict[str, torch.Tensor] = {}
     real = worker.Trainer.train_step
 
