@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 from raysemi import config_io
-from raysemi.config import RunConfig
+from raysemi.config import RunConfig, uses_unlabeled
 from raysemi.data.pool import Pool
 from raysemi.engine import checkpoint
 from raysemi.engine.folder import RunFolder
-from raysemi.errors import CheckpointError, DataError
+from raysemi.errors import CheckpointError, ConfigError, DataError
 from raysemi.methods import METHODS
 from raysemi.methods.base import Method
 from raysemi.models.segmentor import ModelConfig, Segmentor, build_segmentor
@@ -33,6 +33,74 @@ def open_pool(path: str | None, setting: str, *, masks: bool = False) -> Pool:
     if masks and not pool.labeled:
         raise DataError(f"{setting} must have a mask for every image; got {path}. Pack it from a labeled source.")
     return pool
+
+
+@dataclass(frozen=True)
+class Pools:
+    """The open pools of a run, whose classes are the same."""
+
+    labeled: Pool
+    val: Pool
+    unlabeled: Pool | None
+    """None when the method uses no unlabeled images."""
+
+
+def open_pools(config: RunConfig) -> Pools:
+    """Opens the pools that a run reads.
+
+    Raises:
+        DataError: with what is wrong with each pool.
+        ConfigError: pools that do not fit each other or the settings.
+    """
+    wanted = {"labeled": config.data.labeled, "val": config.data.val}
+    if uses_unlabeled(config.method, config.data):
+        wanted["unlabeled"] = config.data.unlabeled
+    pools: dict[str, Pool] = {}
+    broken: list[str] = []
+    for name, path in wanted.items():
+        try:
+            pools[name] = open_pool(path, f"data.{name}", masks=name != "unlabeled")
+        except DataError as error:
+            broken.append(str(error))
+    if broken:
+        raise DataError("\n".join(broken))
+    classes, unlabeled = pools["labeled"].classes, pools.get("unlabeled")
+    faults = [
+        f"data.{name} must have the classes of data.labeled ({', '.join(classes)}); got {', '.join(pool.classes)}. "
+        "Pack the pools from one source."
+        for name, pool in pools.items()
+        if pool.classes != classes
+    ]
+    if config.eval.pseudo_images and unlabeled is not None and not unlabeled.has_masks:
+        faults.append(
+            f"eval.pseudo_images must be 0 without masks of unlabeled images; got {config.eval.pseudo_images}. "
+            "Set it to 0, or pack the unlabeled pool again with --keep-unlabeled-masks."
+        )
+    if faults:
+        raise ConfigError(faults)
+    return Pools(pools["labeled"], pools["val"], unlabeled)
+
+
+MAY_CHANGE = ("run", "ray.", "train.stop_at", "train.log_every", "train.checkpoint_every", "train.keep", "eval.")
+"""Settings that may differ when a run goes on (its folder may have moved); anything else makes it another run."""
+
+
+def refuse_another_run(config: RunConfig) -> None:
+    """Refuses a run folder whose checkpoints another config made.
+
+    Raises:
+        ConfigError: names every setting that differs.
+    """
+    folder = RunFolder(config.run)
+    if not folder.exists("config.yaml") or not checkpoint.steps(folder):
+        return
+    earlier = config_io.parse(folder.read_bytes("config.yaml").decode())
+    changed = [path for path in config_io.difference(earlier, config) if not path.startswith(MAY_CHANGE)]
+    if changed:
+        raise ConfigError(
+            f"run must name a folder of this run or a new one; got {config.run}, whose config differs in "
+            f"{', '.join(changed)}. Give another run folder, or undo the change to go on."
+        )
 
 
 def build(config: RunConfig, num_classes: int, model: ModelConfig | None = None) -> tuple[Segmentor, Method]:

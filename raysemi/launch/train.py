@@ -18,6 +18,7 @@ from raysemi import config_io
 from raysemi.config import RayConfig, RunConfig
 from raysemi.errors import ConfigError, RaysemiError
 from raysemi.launch.cluster import Cluster, connected, worker_resources
+from raysemi.launch.restore import open_pools, refuse_another_run
 
 _log = logging.getLogger(__name__)
 OnLog = Callable[[int, dict[str, float]], None]
@@ -42,6 +43,10 @@ def launch(config: RunConfig, on_log: OnLog | None = None) -> dict[str, Any]:
         KeyboardInterrupt: after Ctrl-C; the run folder holds the last checkpoint.
     """
     if isinstance(config.ray, RayConfig):
+        if config.ray.address is None and "RAY_ADDRESS" not in os.environ:
+            # Workers look too; but they take a while to start, and a mistake should be told at once.
+            open_pools(config)
+            refuse_another_run(config)
         return _on_ray(config, config.ray, on_log)
     from raysemi.launch.worker import run
 

@@ -25,16 +25,13 @@ from raysemi.engine.measure import Look, Panels, PseudoQuality, look, unlabeled_
 from raysemi.engine.record import Record
 from raysemi.engine.strategy import resolve_strategy
 from raysemi.engine.trainer import Hooks, Trainer, resolve_period
-from raysemi.errors import CheckpointError, ConfigError
-from raysemi.launch.restore import build, open_pool
+from raysemi.errors import CheckpointError
+from raysemi.launch.restore import build, open_pools, refuse_another_run
 from raysemi.methods.base import AcrossRanks
 from raysemi.ops.confusion import iou, mean_iou, pixel_accuracy
 
 _log = logging.getLogger(__name__)
 OnLog = Callable[[int, dict[str, float]], None]
-
-MAY_CHANGE = ("ray.", "train.stop_at", "train.log_every", "train.checkpoint_every", "train.keep", "eval.")
-"""Settings that may differ when a run goes on; anything else would make it another run."""
 
 
 def run(config: RunConfig, on_log: OnLog | None = None) -> dict[str, Any]:
@@ -66,29 +63,16 @@ class _Run:
         self.across = across
         self.on_log = on_log
         self.folder = RunFolder(config.run)
-        self.labeled = open_pool(config.data.labeled, "data.labeled", masks=True)
-        self.val = open_pool(config.data.val, "data.val", masks=True)
-        self.unlabeled = open_pool(config.data.unlabeled, "data.unlabeled") if config.data.unlabeled else None
-        for name, pool in (("data.val", self.val), ("data.unlabeled", self.unlabeled)):
-            if pool is not None and pool.classes != self.labeled.classes:
-                raise ConfigError(
-                    f"{name} must have the classes of data.labeled ({', '.join(self.labeled.classes)}); got "
-                    f"{', '.join(pool.classes)}. Pack the pools from one source."
-                )
+        refuse_another_run(config)
+        pools = open_pools(config)
+        self.labeled, self.val, self.unlabeled = pools.labeled, pools.val, pools.unlabeled
         student, method = build(config, len(self.labeled.classes))
         self.method = method
-        if method.strong_views == 0:
-            self.unlabeled = None
-        if config.eval.pseudo_images and self.unlabeled is not None and not self.unlabeled.has_masks:
-            raise ConfigError(
-                f"eval.pseudo_images must be 0 without masks of unlabeled images; got {config.eval.pseudo_images}. "
-                "Set it to 0, or pack the unlabeled pool again with --keep-unlabeled-masks."
-            )
         first = self.unlabeled or self.labeled
         batch = config.train.batch
         pass_steps = first.num_samples // (batch.unlabeled if self.unlabeled else batch.labeled)
         period = resolve_period(config.train, pass_steps)
-        if config.train.steps // period < 10:
+        if config.train.steps // period < 10 and across.rank == 0:
             message = "train.steps=%d holds only %d periods of %d steps; ramps and momentum networks want 10 or more"
             _log.warning(message, config.train.steps, config.train.steps // period, period)
         self.trainer = Trainer(
@@ -141,16 +125,8 @@ class _Run:
         )
 
     def _resume(self) -> None:
-        """Goes on from the newest whole checkpoint; refuses a folder that holds another run."""
+        """Goes on from the newest whole checkpoint."""
         text = config_io.dump(self.config)
-        if self.folder.exists("config.yaml"):
-            earlier = config_io.parse(self.folder.read_bytes("config.yaml").decode())
-            changed = [p for p in config_io.difference(earlier, self.config) if not p.startswith(MAY_CHANGE)]
-            if changed:
-                raise ConfigError(
-                    f"run must name a folder of this run or a new one; got {self.config.run}, whose config differs in "
-                    f"{', '.join(changed)}. Give another run folder, or undo the change to go on."
-                )
         snapshot = checkpoint.load_newest(self.folder)
         distributed.barrier(self.across)  # every rank has read the folder before rank 0 writes to it
         if snapshot is not None:
