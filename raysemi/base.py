@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class Config(BaseModel):
@@ -14,6 +14,19 @@ class Config(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True, protected_namespaces=()
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _section_given_in_part(cls, data: Any) -> Any:
+        """Keys that a field's own default sets stay when the user gives other keys of that section."""
+        if not isinstance(data, dict):
+            return data
+        kept = {}
+        for name, field in cls.model_fields.items():
+            if isinstance(field.default, Config) and isinstance(data.get(name), dict):
+                own = {key: getattr(field.default, key) for key in field.default.model_fields_set}
+                kept[name] = own | data[name]
+        return data | kept
 
 
 def search(low: float, high: float, *, log: bool = False, unit: str = "") -> dict[str, Any]:

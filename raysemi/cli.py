@@ -231,6 +231,20 @@ def predict(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(help="Run folders, local or URLs; seeds of one run become one row.")],
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file; default: in the folder of a single run, else here.")
+    ] = None,
+) -> None:
+    """Write one HTML file with curves, tables and pictures, and the tables as CSV and LaTeX."""
+    from raysemi.report.page import build_report
+
+    own = len(runs) == 1 and "://" not in runs[0]
+    typer.echo(build_report(runs, out or (Path(runs[0]) if own else Path()) / "report.html"))
+
+
+@app.command()
 def doctor(
     path: Annotated[Path, typer.Argument(help="Folder on the disk that runs and pools will use.")] = Path(),
     as_json: Json = False,

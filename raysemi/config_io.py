@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import ValidationError
 
-from raysemi.config import RunConfig, broken_rules
+from raysemi.config import RunConfig
+from raysemi.config_faults import did_you_mean, texts
 from raysemi.errors import ConfigError
 
 _NAMED = ("method", "weighting", "gradients")
@@ -136,7 +136,7 @@ def _recipe_text(recipe: str) -> str:
         return (_RECIPES / f"{recipe}.yaml").read_text(encoding="utf-8")
     raise ConfigError(
         f"recipe must be a YAML file or one of {', '.join(names)}; got {recipe}. "
-        f"{_did_you_mean(recipe, names) or 'Check the path.'}"
+        f"{did_you_mean(recipe, names) or 'Check the path.'}"
     )
 
 
@@ -155,13 +155,19 @@ def _mapping(text: str, source: str) -> dict[str, Any]:
     for name in _NAMED:
         if isinstance(tree.get(name), str):
             tree[name] = {"name": tree[name]}
-    if isinstance(tree.get("data"), dict) and isinstance(folder := tree["data"].pop("pools", None), str):
-        tree["data"] = _pools_in(folder) | tree["data"]
     return tree
 
 
-def _pools_in(folder: str) -> dict[str, str]:
-    return {name: f"{folder.rstrip('/')}/{name}" for name in _POOLS}
+def _expand_pools(tree: dict[str, Any]) -> Iterator[str]:
+    """Replaces `data.pools` by what it stands for; yields its fault."""
+    section = tree.get("data")
+    if not isinstance(section, dict) or "pools" not in section:
+        return
+    folder = section.pop("pools")
+    if isinstance(folder, str) and folder:
+        tree["data"] = {name: f"{folder.rstrip('/')}/{name}" for name in _POOLS} | section
+    else:
+        yield f"data.pools must name the folder that `raysemi pack --out` wrote; got {folder!r}. Correct or remove it."
 
 
 def _override(tree: dict[str, Any], text: str) -> Iterator[str]:
@@ -187,163 +193,17 @@ def _override(tree: dict[str, Any], text: str) -> Iterator[str]:
             section[key] = {}
         section = section[key]
     if keys == ["data", "pools"]:
-        section.update(_pools_in(str(value)))
-    else:
-        section[keys[-1]] = value
+        for name in _POOLS:
+            section.pop(name, None)  # the recipe's; an override after this one counts again
+    section[keys[-1]] = value
 
 
 def _validate(tree: dict[str, Any], faults: list[str]) -> RunConfig:
-    config = None
+    faults = [*faults, *_expand_pools(tree)]
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
-        faults = [*faults, *(fault for item in error.errors() for fault in _texts(item, tree))]
-        if any(item["loc"] for item in error.errors()):
-            faults += broken_rules(dict(_valid_sections(tree)))  # pydantic stops before the rules; the user should not
+        raise ConfigError([*faults, *texts(error, tree)]) from error
     if faults:
-        raise ConfigError(list(dict.fromkeys(faults)))
-    assert config is not None  # no fault was found
+        raise ConfigError(faults)
     return config
-
-
-def _valid_sections(tree: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name, field in RunConfig.model_fields.items():
-        if name not in tree:
-            if not field.is_required():
-                yield name, field.get_default(call_default_factory=True)
-            continue
-        adapter: TypeAdapter[Any] = TypeAdapter(_annotation(field))
-        try:
-            yield name, adapter.validate_python(tree[name])
-        except ValidationError:
-            continue
-
-
-def _annotation(field: Any) -> Any:
-    # Of a FieldInfo, the annotation alone has lost the discriminator; pydantic's error would then name every member.
-    return Annotated[field.annotation, field] if field.discriminator else field.annotation
-
-
-def _texts(error: Any, tree: dict[str, Any]) -> Iterator[str]:
-    """One fault of pydantic as the texts that the user reads."""
-    path, value = _place(error, tree)
-    kind, context = error["type"], error.get("ctx", {})
-    if kind == "value_error":
-        raised = context["error"]
-        for fault in raised.faults if isinstance(raised, ConfigError) else (str(raised),):
-            yield _with_path(fault, path)
-    elif kind == "extra_forbidden":
-        yield _unknown_key(path, value, tree)
-    elif kind in ("missing", "union_tag_not_found"):
-        name = ".".join([*path, "name"] if kind == "union_tag_not_found" else path)
-        yield f"{name} must be given; got nothing. Add {name}=VALUE or write it into the recipe."
-    elif kind == "union_tag_invalid":
-        names = [tag.strip("'") for tag in context["expected_tags"].split(", ")]
-        yield _one_of([*path, "name"], names, context["tag"])
-    elif kind == "literal_error":
-        yield _one_of(path, re.findall(r"'([^']*)'", context["expected"]) or [context["expected"]], value)
-    else:
-        rule = _RULE_OF.get(kind, "be valid ({msg})").format(msg=error["msg"], **context)
-        yield f"{'.'.join(path)} must {rule}; got {value!r}. Change it in the recipe or on the command line."
-
-
-_RULE_OF = {
-    "greater_than": "be greater than {gt}",
-    "greater_than_equal": "be at least {ge}",
-    "less_than": "be less than {lt}",
-    "less_than_equal": "be at most {le}",
-    "multiple_of": "be a multiple of {multiple_of}",
-    "finite_number": "be a finite number",
-    "int_parsing": "be a whole number",
-    "int_type": "be a whole number",
-    "int_from_float": "be a whole number",
-    "float_parsing": "be a number",
-    "float_type": "be a number",
-    "bool_parsing": "be true or false",
-    "bool_type": "be true or false",
-    "string_type": "be a text (quote it)",
-    "string_too_short": "not be empty",
-    "model_type": "be a section with keys of its own",
-    "model_attributes_type": "be a section with keys of its own",
-    "dict_type": "be a section with keys of its own",
-    "tuple_type": "be a list",
-    "list_type": "be a list",
-    "too_short": "have at least {min_length} values",
-    "too_long": "have at most {max_length} values",
-}
-
-
-def _place(error: Any, tree: dict[str, Any]) -> tuple[list[str], Any]:
-    """Path as the user writes it, and the value there: pydantic's location without the tags of unions."""
-    path: list[str] = []
-    value: Any = tree
-    for position, element in enumerate(error["loc"]):
-        if isinstance(value, Mapping) and element in value:
-            value = value[element]
-        elif isinstance(value, Sequence) and not isinstance(value, str) and isinstance(element, int):
-            value = value[element] if element < len(value) else None
-        elif not (error["type"] == "missing" and position == len(error["loc"]) - 1):
-            continue
-        path.append(str(element))
-    return path, value
-
-
-def _with_path(fault: str, path: list[str]) -> str:
-    first = re.split(r"[. ]", fault, maxsplit=1)[0]
-    text = fault if fault.endswith(".") else f"{fault}."
-    if first in RunConfig.model_fields or not path:
-        return text
-    if first == "must":
-        return f"{'.'.join(path)} {text}"
-    return f"{'.'.join(path)}.{text}" if re.match(r"[\w.]+ must ", text) else f"{'.'.join(path)}: {text}"
-
-
-def _one_of(path: list[str], names: list[str], value: Any) -> str:
-    advice = _did_you_mean(str(value), names) or "Choose one of these."
-    rule = f"one of {', '.join(names)}" if len(names) > 1 else names[0]
-    if len(path) == 1 and _section_of(RunConfig.model_fields[path[0]].annotation, None) is not None:
-        rule += f", or have keys of its own ({path[0]}.*)"
-    return f"{'.'.join(path)} must be {rule}; got {value!r}. {advice}"
-
-
-def _did_you_mean(word: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, names, n=1)
-    return f"Did you mean {near[0]}?" if near else ""
-
-
-def _unknown_key(path: list[str], value: Any, tree: dict[str, Any]) -> str:
-    *parents, key = path
-    section: Any = RunConfig
-    at: Any = tree
-    for parent in parents:
-        at = at.get(parent) if isinstance(at, Mapping) else None
-        section = _section_of(section.model_fields[parent].annotation, at)
-    names = list(section.model_fields)
-    near = difflib.get_close_matches(key, names, n=1)
-    elsewhere = [known for known, _ in _settings(RunConfig, tree) if known.split(".")[-1] == key]
-    best = [".".join([*parents, near[0]])] if near else elsewhere[:1]
-    advice = f"Did you mean {best[0]}? " if best else ""
-    where = f"{'.'.join(parents)}.*" if parents else "the top"
-    return (
-        f"{'.'.join(path)} must be a known setting; got {value!r}. {advice}Valid keys of {where}: {', '.join(names)}."
-    )
-
-
-def _settings(section: type[BaseModel], tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every dotted path of a section, with its field; of a union, the member that the tree names."""
-    for name, field in section.model_fields.items():
-        inner = _section_of(field.annotation, tree.get(name) if isinstance(tree, Mapping) else None)
-        if inner is None:
-            yield f"{path}{name}", field
-        else:
-            yield from _settings(inner, tree.get(name) if isinstance(tree, Mapping) else None, f"{path}{name}.")
-
-
-def _section_of(annotation: Any, value: Any) -> type[BaseModel] | None:
-    """The config class inside an annotation; among several, the one whose `name` the value holds."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    found = [inner for part in get_args(annotation) if (inner := _section_of(part, value)) is not None]
-    name = value.get("name") if isinstance(value, Mapping) else None
-    named = [inner for inner in found if "name" in inner.model_fields and inner.model_fields["name"].default == name]
-    return next(iter(named or found), None)

@@ -1,0 +1,114 @@
+"""Rules that join components, and which numbers of ranks a run can be spread over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from raysemi.config import RayConfig, RunConfig, broken_rules, check_world, uses_unlabeled
+from raysemi.errors import ConfigError
+
+
+def config(**changes: Any) -> RunConfig:
+    tree: dict[str, Any] = {
+        "run": "runs/a",
+        "data": {"labeled": "p/l", "unlabeled": "p/u", "val": "p/v"},
+        "method": {"name": "fixmatch"},
+        "train": {"steps": 50, "batch": {"labeled": 6, "unlabeled": 12}},
+        "ray": "none",
+    }
+    return RunConfig.model_validate(tree | changes)
+
+
+def refused(**changes: Any) -> str:
+    with pytest.raises(ValueError, match=" must ") as caught:
+        config(**changes)
+    return str(caught.value)
+
+
+def test_defaults_stand_and_the_tree_is_frozen() -> None:
+    made = config()
+    assert isinstance(config(ray={}).ray, RayConfig)
+    with pytest.raises(ValueError, match="frozen"):
+        made.seed = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 6])
+def test_a_world_that_divides_both_batches_is_accepted(world: int) -> None:
+    check_world(config(), world)
+
+
+def test_a_world_that_does_not_divide_is_refused_with_the_next_batch_that_works() -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_world(config(), 4)
+    labeled, unlabeled = caught.value.faults
+    assert labeled.startswith("train.batch.labeled must be divisible by the number of ranks, 4; got 6. Set it to 8")
+    assert unlabeled.startswith("train.batch.unlabeled must be divisible by twice the number of ranks, 2 x 4")
+    assert "got 12. Set it to 16" in unlabeled
+
+
+def test_more_ranks_than_labeled_images_of_a_step_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"train\.batch\.labeled must be divisible by the number of ranks, 12; got 6"):
+        check_world(config(), 12)
+
+
+def test_an_odd_share_would_tear_a_cutmix_pair() -> None:
+    odd = {"steps": 50, "batch": {"labeled": 4, "unlabeled": 6}}
+    check_world(config(train=odd), 1)
+    with pytest.raises(ConfigError, match=r"mixed in pairs; got 6\. Set it to 8"):
+        check_world(config(train=odd), 2)
+    check_world(config(train=odd, method={"name": "supervised"}), 2)  # no unlabeled image in the batch
+
+
+def test_ray_workers_are_checked_when_the_config_is_read() -> None:
+    assert "number of ranks, 5; got 6" in refused(ray={"num_workers": 5})
+    config(ray={"num_workers": 3})
+
+
+def test_single_is_for_one_rank() -> None:
+    made = config(train={"steps": 50, "strategy": "single", "batch": {"labeled": 6, "unlabeled": 12}})
+    check_world(made, 1)
+    with pytest.raises(ConfigError, match=r"train\.strategy must be ddp on 2 ranks; got single"):
+        check_world(made, 2)
+
+
+def test_stop_at_lies_within_the_run() -> None:
+    assert "train.stop_at must be at most train.steps (50); got 51" in refused(train={"steps": 50, "stop_at": 51})
+    config(train={"steps": 50, "stop_at": 50})
+
+
+def test_pools_are_required_where_the_method_reads_them() -> None:
+    faults = refused(data={})
+    for name in ("labeled", "val", "unlabeled"):
+        assert f"data.{name} must name a pool" in faults
+    only_labeled = {"labeled": "p/l", "val": "p/v"}
+    assert "data.unlabeled must name a pool for method fixmatch" in refused(data=only_labeled)
+    config(data=only_labeled, method={"name": "supervised"})
+    full = config(data=only_labeled, method={"name": "derprop"})  # the paper's row with all labels
+    assert not uses_unlabeled(full.method, full.data)
+
+
+def test_only_methods_with_strong_views_use_the_unlabeled_pool() -> None:
+    assert uses_unlabeled(config().method, config().data)
+    assert not uses_unlabeled(config(method={"name": "supervised"}).method, config().data)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["s3://KEY:SECRET@bucket/runs", "s3://bucket/runs?secret_key=abc", "s3://bucket/a?region=x&access_key=abc"],
+)
+def test_a_secret_in_a_url_is_refused_and_not_repeated(url: str) -> None:
+    text = broken_rules({"run": url})
+    assert len(text) == 1
+    assert text[0].startswith("run must not hold a password")
+    assert url not in text[0]
+    assert broken_rules({"run": "s3://bucket/runs?region=eu-west-1"}) == []
+
+
+def test_all_broken_rules_come_at_once() -> None:
+    text = refused(
+        run="s3://a:b@c/d", data={"labeled": "p/l"}, train={"steps": 3, "stop_at": 4}, ray={"num_workers": 3}
+    )
+    for part in ("run must", "data.val must", "data.unlabeled must", "train.stop_at must", "train.batch.labeled must"):
+        assert part in text

@@ -1,0 +1,219 @@
+"""Recipes, overrides, and the texts of every fault that they can have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from raysemi import config_io
+from raysemi.config import RunConfig
+from raysemi.config_faults import settings
+from raysemi.errors import ConfigError
+
+BASE = """
+run: runs/a
+data: {labeled: p/l, unlabeled: p/u, val: p/v}
+method: {name: fixmatch, threshold: 0.8}
+train: {steps: 40, batch: {labeled: 2, unlabeled: 4}}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(BASE, encoding="utf-8")
+    return path
+
+
+def faults(recipe: Path | str, *overrides: str) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        config_io.load(recipe, overrides)
+    return caught.value.faults
+
+
+def test_overrides_are_yaml_and_later_ones_win(recipe: Path) -> None:
+    config = config_io.load(
+        recipe, ["optim.lr=1e-3", "train.stop_at=7", "train.stop_at=9", "data.views.scale=[0.5, 1.5]", "run=2026-01-31"]
+    )
+    assert config.optim.lr == 0.001
+    assert config.train.stop_at == 9
+    assert config.data.views.scale == (0.5, 1.5)
+    assert config.run == "2026-01-31"  # YAML 1.1 would make it a date
+    assert config.method.threshold == 0.8
+
+
+def test_an_override_may_begin_a_section(recipe: Path) -> None:
+    assert config_io.load(recipe, ["eval.every=3", "model.channels=32"]).model.channels == 32
+
+
+def test_a_section_given_in_part_keeps_what_its_method_sets(recipe: Path) -> None:
+    average = config_io.load(recipe, ["method.average.decay=0.5"]).method.average
+    assert (average.kind, average.decay) == ("ema", 0.5)  # the class's own default of `kind` is none
+
+
+def test_null_and_an_empty_value_unset(recipe: Path) -> None:
+    assert config_io.load(recipe, ["method=supervised", "data.unlabeled=null"]).data.unlabeled is None
+    assert config_io.load(recipe, ["method=supervised", "data.unlabeled="]).data.unlabeled is None
+
+
+def test_short_forms(recipe: Path) -> None:
+    config = config_io.load(recipe, ["weighting=none", "gradients=uniform", "ray=none"])
+    assert (config.weighting.name, config.gradients.name, config.ray) == ("none", "uniform", "none")
+    assert config_io.load(recipe, ["ray=none", "ray.num_workers=2"]).ray.num_workers == 2
+    assert config_io.load(recipe, ["method=fixmatch"]).method.threshold == 0.8  # same name: the recipe's keys stay
+    assert config_io.load(recipe, ["method=derprop"]).method.name == "derprop"  # another name: its own defaults
+
+
+def test_pools_is_short_for_three_pools(recipe: Path) -> None:
+    data = config_io.load(recipe, ["data.pools=s3://b/mine/", "data.val=other"]).data
+    assert (data.labeled, data.unlabeled, data.val) == ("s3://b/mine/labeled", "s3://b/mine/unlabeled", "other")
+    assert "data.pools must name the folder" in faults(recipe, "data.pools=3")[0]
+    assert config_io.load(recipe, ["data.val=other", "data.pools=mine"]).data.val == "mine/val"  # the later one wins
+
+
+def test_what_is_dumped_reads_back_the_same(recipe: Path) -> None:
+    for overrides in ([], ["ray=none", "run='1e-3'"], ["method=derprop", "method.preset=paper"], ["run='null'"]):
+        config = config_io.load(recipe, overrides)
+        assert config_io.parse(config_io.dump(config)) == config
+
+
+@pytest.mark.parametrize("name", config_io.recipes())
+def test_every_shipped_recipe_is_valid(name: str) -> None:
+    needs_pools = ["data.pools=pools/mine"] if name.startswith("folder-") else []
+    config = config_io.load(name, needs_pools)
+    assert config.method.name == name.split("-")[1]
+    assert name.split("-")[0] in config.run
+
+
+def test_recipes_of_the_issue_are_there() -> None:
+    wanted = {f"{data}-{method}" for data in ("scenes", "camvid") for method in ("supervised", "fixmatch", "derprop")}
+    assert wanted <= set(config_io.recipes())
+
+
+def test_all_faults_come_at_once_under_the_paths_that_the_user_wrote(recipe: Path) -> None:
+    found = faults(
+        recipe,
+        "train.stepz=10",
+        "method.treshold=0.3",
+        "method.threshold=3",
+        "method.average.decay=one",
+        "optim.name=sgdd",
+        "ray.num_workers=0",
+        "data.crop=2.5",
+        "no value",
+        "trian.steps=3",
+        "data.val=",
+    )
+    assert len(found) == 10
+    expected = [
+        "override must read a.b=value; got 'no value'.",
+        "data.crop must be a whole number; got 2.5.",
+        "method.threshold must be less than 1.0; got 3.",
+        "method.average.decay must be a number; got 'one'.",
+        "method.treshold must be a known setting; got 0.3. Did you mean method.threshold? Valid keys of method.*: ",
+        "train.stepz must be a known setting; got 10. Did you mean train.steps? Valid keys of train.*: steps,",
+        "optim.name must be one of sgd, adamw; got 'sgdd'. Did you mean sgd?",
+        "ray.num_workers must be at least 1; got 0.",
+        "data.val must name a pool; got nothing.",
+        "trian must be a known setting; got {'steps': 3}. Did you mean train? Valid keys of the top: run,",
+    ]
+    for text in expected:
+        assert any(fault.startswith(text) for fault in found), text
+
+
+def test_rules_across_components_are_reported_beside_other_faults(recipe: Path) -> None:
+    found = faults(recipe, "optim.lr=-1", "train.stop_at=41", "ray.num_workers=4")
+    assert [fault.split(" must ")[0] for fault in found] == [
+        "optim.lr",
+        "train.stop_at",
+        "train.batch.labeled",
+        "train.batch.unlabeled",
+    ]
+
+
+def test_a_rule_is_silent_about_a_setting_that_is_faulty_itself(recipe: Path) -> None:
+    assert [fault.split(" must ")[0] for fault in faults(recipe, "train.steps=x", "train.stop_at=2000")] == [
+        "train.steps"
+    ]
+    typo = faults(recipe, "train.batch.labelled=3", "ray.num_workers=3", "train.batch.unlabeled=6")
+    assert [fault.split(" must ")[0] for fault in typo] == ["train.batch.labelled"]
+
+
+def test_a_key_of_another_section_is_pointed_out(recipe: Path) -> None:
+    assert "Did you mean data.crop?" in faults(recipe, "train.crop=64")[0]
+
+
+def test_a_wrong_method_gets_the_nearest(recipe: Path) -> None:
+    for override in ("method=derprob", "method.name=derprob"):
+        (fault,) = faults(recipe, override)
+        assert fault.startswith("method.name must be one of supervised, fixmatch, derprop")
+        assert fault.endswith("got 'derprob'. Did you mean derprop?")
+
+
+def test_rules_inside_a_component_carry_its_path(recipe: Path) -> None:
+    assert faults(recipe, "method.average.kind=none")[0].startswith("method.average must be ema or period")
+    assert faults(recipe, "eval.mode=sliding_window")[0].startswith("eval.window must be given for mode sliding_window")
+    nested = faults(recipe, "method=derprop", "method.kernel=[0, 0]")[0]
+    assert nested.startswith("method.kernel must have a coefficient other than 0; got [0.0, 0.0]")
+
+
+def test_ray_is_a_section_or_none(recipe: Path) -> None:
+    (fault,) = faults(recipe, "ray=nonne")
+    assert fault.startswith("ray must be none, or have keys of its own (ray.*); got 'nonne'.")
+
+
+def test_missing_settings(tmp_path: Path) -> None:
+    path = tmp_path / "empty.yaml"
+    path.write_text("method: {threshold: 0.5}\n", encoding="utf-8")
+    found = faults(path)
+    assert found[0].startswith("run must be given; got nothing.")
+    assert found[1].startswith("method.name must be given; got nothing.")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("run: a\nrun: b\n", "must be YAML with each key once; got the key 'run' stands twice in line 2."),
+        ("train: {steps: 1, steps: 2}\n", "got the key 'steps' stands twice in line 1."),
+        ("run: [\n", "must be YAML with each key once; got "),
+        ("- run\n", "must be a YAML map of settings; got ['run']."),
+        ("1: run\n", "got the key 1 must be a text in line 1."),
+        ("run: !!python/object/apply:os.system [ls]\n", "must be YAML with each key once; got "),
+    ],
+)
+def test_broken_recipes(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(text, encoding="utf-8")
+    (fault,) = faults(path)
+    assert expected in fault
+
+
+def test_an_unknown_recipe_gets_the_nearest() -> None:
+    (fault,) = faults("scenes-fixmach")
+    assert fault.startswith("recipe must be a YAML file or one of camvid-derprop,")
+    assert fault.endswith("got scenes-fixmach. Did you mean scenes-fixmatch?")
+
+
+def test_difference_names_the_leaves(recipe: Path) -> None:
+    def changed(*overrides: str) -> list[str]:
+        return config_io.difference(config_io.load(recipe), config_io.load(recipe, overrides))
+
+    assert changed() == []
+    assert changed("train.stop_at=3", "data.views.flip=0.1") == ["data.views.flip", "train.stop_at"]
+    assert all(path.startswith("ray.") for path in changed("ray=none"))
+    assert "method.name" in changed("method=supervised")
+    assert "method.threshold" in changed("method=supervised")
+
+
+def test_change_applies_overrides_to_a_config(recipe: Path) -> None:
+    config = config_io.load(recipe)
+    assert config_io.difference(config, config_io.change(config, ["eval.batch=7"])) == ["eval.batch"]
+    with pytest.raises(ConfigError, match=r"eval\.bach must be a known setting"):
+        config_io.change(config, ["eval.bach=7"])
+
+
+def test_every_setting_has_a_description() -> None:
+    for path, field in settings(RunConfig, {"method": {"name": "fixmatch"}}):
+        if not path.endswith(".name"):
+            assert field.description, path
