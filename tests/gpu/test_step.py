@@ -1,0 +1,44 @@
+"""On a CUDA device: a step of every method runs under bf16 without a single wait of the host for the device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from makers import tiny_run
+
+from raysemi.data.loader import Stream
+from raysemi.data.pool import Pool
+from raysemi.engine.trainer import Trainer
+from raysemi.launch.restore import build
+from raysemi.methods import METHODS
+from raysemi.methods.base import SingleRank
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_line_of_a_step_waits_for_the_device(scenes: Path, tmp_path: Path, method: str) -> None:
+    config = tiny_run(scenes, tmp_path / "run", method, "train.precision=bf16", "train.steps=20")
+    student, learner = build(config, 7)
+    trainer = Trainer(
+        student, learner, config.train, config.optim,
+        across=SingleRank(), device=torch.device("cuda", 0), period=2, seed=0,
+    )  # fmt: skip
+    pools = {name: Pool.open(scenes / name) for name in ("labeled", "unlabeled")}
+    stream = Stream(
+        config.data, pools, 0, 2, 2, 0, 1, learner.strong_views, learner.second_view, 0, 4, pinned=True
+    )  # fmt: skip
+    hosts = list(stream)
+    trainer.train_step(hosts[0])  # libraries choose their kernels here
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        values = [trainer.train_step(host) for host in hosts[1:]]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.isfinite(value["loss/total"]) for value in values)
+    assert all(float(value["skipped_steps"]) == 0 for value in values)
