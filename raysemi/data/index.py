@@ -103,7 +103,7 @@ def index_shards(
         rows=rows,
         shards=[scans[name].shard for name in names],
         classes=classes,
-        palette=palette or default_palette(len(classes)),
+        palette=palette or default_palette(classes),
         made={"source": _MADE, "mask_suffix": mask_suffix},
     )
     return Pool.open(folder, filesystem)

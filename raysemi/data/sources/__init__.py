@@ -147,13 +147,15 @@ def source_root(root: str | Path | None, source: str) -> Path:
     return folder
 
 
-def default_palette(num_classes: int) -> Palette:
-    """Distinct colours for classes without colours of their own.
+def default_palette(classes: Sequence[str]) -> Palette:
+    """Distinct colours for classes without colours of their own; black, which stands for ignored pixels, only for a
+    first class named background.
 
     Source: the colour map of Pascal VOC (Everingham et al. 2010): the bits of the index, dealt out to R, G, B.
     """
     colours = []
-    for index in range(num_classes):
+    first = 0 if classes and classes[0].lower() == "background" else 1
+    for index in range(first, first + len(classes)):
         channels = [0, 0, 0]
         for bit in range(8):
             for channel in range(3):

@@ -53,7 +53,7 @@ class Coco(FileSource):
         if not self._ready:
             part: Part = "train" if self._annotations("train").is_file() else "val"
             self.classes, self._index_of = _categories(self._instances(part), self._annotations(part))
-        self.palette = default_palette(len(self.classes))
+        self.palette = default_palette(self.classes)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_read": {}}  # what an image needs travels in its item

@@ -248,7 +248,7 @@ def _class_map(content: dict[str, Any], path: Path) -> ClassMap:
     if faults:
         raise DataError(f"{path} must be a class list: {'; '.join(faults)}. Correct it.")
     ids.setdefault(NOT_ANNOTATED, NOT_ANNOTATED)
-    defaults = default_palette(len(names))
+    defaults = default_palette(names)
     palette = tuple(own or default for own, default in zip(colours, defaults, strict=True))
     return ClassMap(tuple(names), palette, ids, packed)
 

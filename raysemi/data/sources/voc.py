@@ -44,7 +44,7 @@ class Voc(FileSource):
     """
 
     classes = tuple(CLASSES)
-    palette = default_palette(len(CLASSES))
+    palette = default_palette(CLASSES)
 
     def __init__(self, root: str | Path | None, sbd: str | Path | None = None, check: bool = True) -> None:
         given = source_root(root, "voc")
