@@ -271,3 +271,7 @@ def demo(
     from raysemi.demo import run_demo
 
     run_demo(folder, workers)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import secrets
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from raysemi import config_io
 from raysemi.config import RayConfig, RunConfig
 from raysemi.errors import ConfigError, RaysemiError
+from raysemi.launch.board import Board, OnLog, ToBoard, post_fault, relay
 from raysemi.launch.cluster import Cluster, connected, worker_resources
 from raysemi.launch.restore import open_pools, refuse_another_run
 
 _log = logging.getLogger(__name__)
-OnLog = Callable[[int, dict[str, float]], None]
 
 _COLLECTIVE_TIMEOUT_S = 1800
 _POLL_S = 0.3
@@ -39,7 +38,7 @@ def launch(config: RunConfig, on_log: OnLog | None = None) -> dict[str, Any]:
 
     Raises:
         ConfigError, DataError, CheckpointError: as they were raised on the worker.
-        RaysemiError: workers or Ray itself failed more often than `ray.max_failures` allows.
+        RaysemiError: workers failed more often than `ray.max_failures` allows.
         KeyboardInterrupt: after Ctrl-C; the run folder holds the last checkpoint.
     """
     if isinstance(config.ray, RayConfig):
@@ -71,13 +70,26 @@ def _on_ray(config: RunConfig, settings: RayConfig, on_log: OnLog | None) -> dic
             "board": board,
             "folder": str(Path.cwd()),
         }
-        outcome = _Outcome(_trainer(config, settings, cluster, work, folder))
-        outcome.start()
-        while outcome.is_alive():
-            _relay(ray.get(board.take.remote()), on_log)
-            outcome.join(_POLL_S)
-        _relay(ray.get(board.take.remote()), on_log)
-        return outcome.result()
+        left = settings.max_failures
+        while True:
+            outcome = _Outcome(_trainer(config, settings, cluster, work, folder))
+            outcome.start()
+            try:
+                while outcome.is_alive():
+                    relay(ray.get(board.take.remote()), on_log)
+                    outcome.join(_POLL_S)
+                relay(ray.get(board.take.remote()), on_log)
+            except BaseException:
+                for worker in ray.get(board.workers.remote()):  # on a notebook's cluster nothing else would end them
+                    ray.kill(worker)
+                raise
+            if outcome.error is None:
+                return outcome.value
+            error = _one_line(outcome.error)
+            if left == 0 or type(error) is not RaysemiError:
+                raise error from outcome.error
+            left -= 1
+            _log.warning("%s Starting again; %d more times at most.", error, left)
 
 
 def _trainer(config: RunConfig, settings: RayConfig, cluster: Cluster, work: dict[str, Any], folder: str) -> Any:
@@ -97,7 +109,8 @@ def _trainer(config: RunConfig, settings: RayConfig, cluster: Cluster, work: dic
         # Ours are the checkpoints, so each launch is a new run to Ray Train.
         name=f"raysemi-{int(time.time())}-{secrets.token_hex(4)}",
         storage_path=storage,
-        failure_config=train.FailureConfig(max_failures=settings.max_failures),
+        # Starting again is done here: Ray Train would also repeat what cannot go better, such as a corrupt sample.
+        failure_config=train.FailureConfig(max_failures=0),
     )
     backend = TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S)
     worker: Any = _worker  # Train's annotation knows no return value; its documentation does
@@ -110,19 +123,14 @@ class _Outcome(threading.Thread):
     def __init__(self, trainer: Any) -> None:
         super().__init__(name="ray-train", daemon=True)
         self._trainer = trainer
-        self._value: dict[str, Any] = {}
-        self._error: Exception | None = None
+        self.value: dict[str, Any] = {}
+        self.error: Exception | None = None
 
     def run(self) -> None:
         try:
-            self._value = self._trainer.fit().return_value or {}
+            self.value = self._trainer.fit().return_value or {}
         except Exception as error:  # judged in the main thread
-            self._error = error
-
-    def result(self) -> dict[str, Any]:
-        if self._error is not None:
-            raise _one_line(self._error) from self._error
-        return self._value
+            self.error = error
 
 
 def _one_line(error: Exception) -> RaysemiError:
@@ -132,10 +140,11 @@ def _one_line(error: Exception) -> RaysemiError:
         if isinstance(failure, RaysemiError):
             return failure
     for rank, failure in failures.items():
-        _log.error("rank %d: %s", rank, "".join(traceback.format_exception(failure)).strip())
+        if not type(failure).__module__.startswith("ray."):  # a death, as Ray tells it, has no trace worth reading
+            _log.error("rank %d: %s", rank, "".join(traceback.format_exception(failure)).strip())
     what = "; ".join(f"rank {rank}: {type(failure).__name__}: {failure}" for rank, failure in failures.items())
     first = (what or f"{type(error).__name__}: {error}").splitlines()[0]
-    return RaysemiError(f"workers must stay alive; got {first}. The same command goes on from the last checkpoint.")
+    return RaysemiError(f"workers must stay alive; got {first}. The run folder holds the last checkpoint.")
 
 
 def _refuse_relative_paths(config: RunConfig) -> None:
@@ -153,46 +162,6 @@ def _refuse_relative_paths(config: RunConfig) -> None:
         raise ConfigError(faults)
 
 
-class Board:
-    """What workers have to say, until the driver reads it; lives as an actor, so that no worker waits for a reader."""
-
-    def __init__(self) -> None:
-        self._items: list[tuple[Any, ...]] = []
-
-    def put(self, *item: Any) -> None:
-        """Adds an item: `metrics, step, values`, `message, level, text` or `fault, pickled error, pickled cause`."""
-        self._items.append(item)
-
-    def take(self) -> list[tuple[Any, ...]]:
-        """All items since the last call."""
-        items, self._items = self._items, []
-        return items
-
-
-def _relay(items: list[tuple[Any, ...]], on_log: OnLog | None) -> None:
-    for kind, *content in items:
-        if kind == "metrics" and on_log is not None:
-            on_log(*content)
-        elif kind == "message":
-            _log.log(*content)
-        elif kind == "fault":
-            # A mistake of the user: starting the workers again would only repeat it.
-            error, cause = (pickle.loads(part) for part in content)  # noqa: S301 - from our own workers
-            raise error from cause
-
-
-class _ToBoard(logging.Handler):
-    """Sends log lines of a worker to the driver's terminal: all of rank 0, warnings of the others."""
-
-    def __init__(self, board: Any, rank: int) -> None:
-        super().__init__(logging.INFO if rank == 0 else logging.WARNING)
-        self._board = board
-        self._prefix = f"rank {rank}: " if rank else ""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._board.put.remote("message", record.levelno, self._prefix + record.getMessage())
-
-
 def _worker(work: dict[str, Any]) -> dict[str, Any]:
     """What each of Ray's workers does."""
     import ray
@@ -202,6 +171,7 @@ def _worker(work: dict[str, Any]) -> dict[str, Any]:
     from raysemi.launch.worker import run
 
     board, rank = work["board"], train.get_context().get_world_rank()
+    ray.get(board.join.remote(ray.get_runtime_context().current_actor))
     if Path(work["folder"]).is_dir():
         os.chdir(work["folder"])
     config = config_io.parse(work["config"])
@@ -215,20 +185,13 @@ def _worker(work: dict[str, Any]) -> dict[str, Any]:
         if "eval/miou" in metrics:
             train.report({"step": step, **metrics})
 
-    handler, logger = _ToBoard(board, rank), logging.getLogger("raysemi")
+    handler, logger = ToBoard(board, rank), logging.getLogger("raysemi")
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     try:
         return run(config, on_log)
     except RaysemiError as error:
-        ray.get(board.put.remote("fault", *(_pickled(part) for part in (error, error.__cause__))))
+        ray.get(post_fault(board, error))
         raise
     finally:
         logger.removeHandler(handler)
-
-
-def _pickled(error: BaseException | None) -> bytes:
-    try:
-        return pickle.dumps(error)
-    except (pickle.PicklingError, TypeError, AttributeError):
-        return pickle.dumps(RuntimeError(str(error)))

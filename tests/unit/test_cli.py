@@ -1,0 +1,300 @@
+"""The command line: real pools, a real short run, and one clear line with its exit code for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from makers import tiny_run
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from raysemi import __version__, config_io
+from raysemi.cli import FAILURE, MISTAKE, app, exit_code
+from raysemi.engine import checkpoint
+from raysemi.engine.folder import RunFolder
+from raysemi.errors import CheckpointError, ConfigError, DataError, RaysemiError
+
+ROOT = Path(__file__).parents[2]
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def recipe(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe of a run of two steps on the drawn pools."""
+    folder = tmp_path_factory.mktemp("cli")
+    config = tiny_run(scenes, folder / "run", "fixmatch", "train.steps=2")
+    path = folder / "two-steps.yaml"
+    path.write_text(config_io.dump(config), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(recipe: Path) -> Path:
+    """The run folder after `raysemi train`."""
+    result = call("train", recipe)
+    assert result.exit_code == 0, result.output
+    assert "mIoU" in result.output
+    return recipe.parent / "run"
+
+
+def test_help_is_instant() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-c", "from raysemi.cli import main; main(['--help'])"], capture_output=True, text=True
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0
+    for command in ("pack", "index", "verify", "plan", "train", "evaluate", "predict", "report", "doctor", "demo"):
+        assert f" {command} " in done.stdout
+    # Processor time, since a busy machine stretches the clock.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+
+def test_the_command_line_itself_imports_no_torch() -> None:
+    code = "import sys, raysemi.cli; print([m for m in ('torch', 'ray', 'rich', 'pydantic') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("command", [c.name or c.callback.__name__ for c in app.registered_commands if c.callback])
+def test_every_command_has_help(command: str) -> None:
+    assert call(command, "--help").exit_code == 0
+
+
+def test_version() -> None:
+    assert call("--version").output.strip() == __version__
+
+
+def test_unknown_commands_and_options_are_mistakes() -> None:
+    assert call("trane").exit_code == MISTAKE
+    assert call("plan", "somewhere", "--bach", 3).exit_code == MISTAKE
+
+
+def test_train_shows_the_result_and_the_same_command_continues(trained: Path, recipe: Path) -> None:
+    result = json.loads((trained / "result.json").read_text())
+    assert result["steps"] == 2
+    again = call("train", recipe)
+    assert again.exit_code == 0
+    assert f"{result['miou']:.2f}" in again.output
+    other = call("train", recipe, "optim.lr=0.5")
+    assert other.exit_code == MISTAKE
+    assert "whose config differs in optim.lr" in other.output
+
+
+def test_faults_of_a_config_are_a_line_each(recipe: Path) -> None:
+    result = call("train", recipe, "train.stepz=3", "method.threshold=2")
+    assert result.exit_code == MISTAKE
+    lines = [line for line in result.output.splitlines() if line.startswith("error: ")]
+    assert [line.split(" must ")[0] for line in lines] == ["error: method.threshold", "error: train.stepz"]
+
+
+def test_missing_pools_are_told_all_at_once(recipe: Path, tmp_path: Path) -> None:
+    result = call("train", recipe, f"data.pools={tmp_path / 'nowhere'}", f"run={tmp_path / 'run'}")
+    assert result.exit_code == MISTAKE
+    for name in ("labeled", "unlabeled", "val"):
+        assert f"error: data.{name}: pool must be a folder with a pool.json" in result.output
+
+
+def test_evaluate_prints_the_fields_of_result_json(trained: Path, scenes: Path) -> None:
+    result = CliRunner().invoke(app, ["evaluate", str(trained), "--json"])
+    measured, written = json.loads(result.stdout), json.loads((trained / "result.json").read_text())
+    assert list(measured) == list(written)
+    for name in ("method", "steps", "labeled", "unlabeled", "iou", "miou", "pixel_accuracy"):
+        assert measured[name] == pytest.approx(written[name]), name
+    elsewhere = CliRunner().invoke(app, ["evaluate", str(trained), "--pool", str(scenes / "labeled"), "--json"])
+    assert json.loads(elsewhere.stdout)["miou"] != measured["miou"]
+    table = call("evaluate", trained)
+    assert all(name in table.output for name in measured["iou"])
+
+
+def test_only_eval_settings_may_change_afterwards(trained: Path) -> None:
+    assert call("evaluate", trained, "eval.batch=2").exit_code == 0
+    result = call("evaluate", trained, "optim.lr=2")
+    assert result.exit_code == MISTAKE
+    assert "must be an eval.* setting" in result.output
+
+
+def test_predict_writes_masks_at_the_size_of_the_images(trained: Path, tmp_path: Path) -> None:
+    images, out = tmp_path / "images", tmp_path / "out"
+    (images / "a").mkdir(parents=True)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (37, 58, 3), dtype=np.uint8)).save(images / "a/x.png")
+    result = call("predict", trained, "--images", images, "--out", out)
+    assert result.exit_code == 0, result.output
+    for folder in ("labels", "overlays"):
+        with Image.open(out / folder / "a/x.png") as written:
+            assert written.size == (58, 37)
+
+
+def test_predict_takes_a_pool_too(trained: Path, scenes: Path, tmp_path: Path) -> None:
+    assert call("predict", trained, "--pool", scenes / "val", "--out", tmp_path).exit_code == 0
+    assert len(list((tmp_path / "labels").rglob("*.png"))) == 5
+
+
+def test_predict_needs_one_source(trained: Path, tmp_path: Path) -> None:
+    result = call("predict", trained, "--out", tmp_path)
+    assert result.exit_code == MISTAKE
+    assert "--images or --pool, one of the two; got neither or both" in result.output
+
+
+def test_report(trained: Path) -> None:
+    result = call("report", trained)
+    assert result.exit_code == 0, result.output
+    assert Path(result.output.strip()).read_text(encoding="utf-8").startswith("<!")
+
+
+def test_a_pool_of_other_classes_is_refused(trained: Path, scenes: Path, tmp_path: Path) -> None:
+    pool = tmp_path / "pool"
+    pool.mkdir()
+    for file in (scenes / "val").iterdir():
+        (pool / file.name).symlink_to(file)
+    (pool / "pool.json").unlink()
+    content = json.loads((scenes / "val/pool.json").read_text())
+    content["classes"][0] = "sky"
+    (pool / "pool.json").write_text(json.dumps(content))
+    result = call("evaluate", trained, "--pool", pool)
+    assert result.exit_code == MISTAKE
+    assert "must have the 7 classes of" in result.output
+
+
+def test_no_run_and_no_checkpoint(tmp_path: Path, trained: Path) -> None:
+    result = call("evaluate", tmp_path / "nothing")
+    assert result.exit_code == MISTAKE
+    assert "must be a run folder; got one without config.yaml" in result.output
+    (tmp_path / "config.yaml").write_bytes((trained / "config.yaml").read_bytes())
+    assert "must hold a whole checkpoint; got none" in call("predict", tmp_path, "--out", "x", "--images", "y").output
+
+
+def test_plan_is_split_over_ranks(scenes: Path) -> None:
+    def keys(*options: object) -> list[list[str]]:
+        result = call("plan", scenes / "unlabeled", "--batch", 4, "--start", 3, "--stop", 9, *options)
+        assert result.exit_code == 0
+        return [line.split() for line in result.stdout.splitlines()]
+
+    whole = keys()
+    assert [len(line) for line in whole] == [4] * 6
+    halves = [keys("--world", 2, "--rank", rank) for rank in (0, 1)]
+    assert [a + b for a, b in zip(*halves, strict=True)] == whole
+    assert keys("--seed", 1) != whole
+
+
+def test_plan_refuses_what_cannot_be_divided(scenes: Path) -> None:
+    result = call("plan", scenes / "val", "--batch", 4, "--world", 3)
+    assert result.exit_code == MISTAKE
+    assert "--world, which divides --batch; got 0, 3 and 4" in result.output
+
+
+def test_pack_verify_and_index(tmp_path: Path) -> None:
+    out = tmp_path / "pools"
+    result = call("pack", "scenes", "train=6", "val=2", "size=40", "--split", 2, "--out", out, "--processes", 1)
+    assert result.exit_code == 0, result.output
+    assert "labeled: 2 images, 1 shards" in result.stdout
+    assert "unlabeled: 4 images" in result.stdout
+    assert call("verify", out / "val").exit_code == 0
+    shard = next((out / "val").glob("*.tar"))
+    content = bytearray(shard.read_bytes())
+    content[700] ^= 1
+    shard.write_bytes(content)
+    damaged = call("verify", out / "val")
+    assert damaged.exit_code == MISTAKE
+    assert shard.name in damaged.output
+
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "a.tar").write_bytes(next((out / "labeled").glob("*.tar")).read_bytes())
+    names = json.loads((out / "labeled/pool.json").read_text())["classes"]
+    (tmp_path / "classes.txt").write_text("\n".join(names))
+    indexed = call("index", foreign, "--classes", tmp_path / "classes.txt", "--processes", 1)
+    assert indexed.exit_code == 0, indexed.output
+    assert "2 images" in indexed.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["scenes", "trian=4"], "options of source scenes must be among train=..., val=..., seed=..., size=...; got"),
+        (["scenes", "size=large"], "option size of source scenes must be a int; got 'large'"),
+        (["nothing"], "source must be one of folder, voc, cityscapes, coco, scenes; got 'nothing'"),
+        (["folder"], "--root must name the folder of the data set"),
+        (["folder", "--root", "/no/such/folder"], "--root must be a folder that exists; got /no/such/folder"),
+    ],
+)
+def test_mistakes_in_pack(tmp_path: Path, arguments: list[str], expected: str) -> None:
+    result = call("pack", *arguments, "--out", tmp_path)
+    assert result.exit_code == MISTAKE
+    assert expected in result.output
+
+
+def test_exit_codes() -> None:
+    full = CheckpointError("no room")
+    full.__cause__ = OSError(28, "No space left on device")
+    assert exit_code(full) == exit_code(RaysemiError("a dead worker")) == FAILURE
+    assert {exit_code(kind("x")) for kind in (ConfigError, DataError, CheckpointError)} == {MISTAKE}
+
+
+def test_a_full_disk_is_a_failure_and_keeps_what_was_finished(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    assert call("train", recipe, f"run={run}", "train.stop_at=1").exit_code == 0
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    result = call("train", recipe, f"run={run}")
+    assert result.exit_code == FAILURE
+    assert "must have room; got none left" in result.output
+    assert checkpoint.steps(RunFolder(run)) == [1]
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_is_130(recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "raysemi.cli", "train", recipe, f"run={run}", "train.steps=100000"]
+    with subprocess.Popen(
+        [str(part) for part in command], stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    ) as process:
+        assert process.stderr is not None
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if line.startswith("step 3/"):
+                process.send_signal(2)
+    assert process.returncode == 130, lines
+    assert "the same command goes on from its last checkpoint" in lines[-1]
+    (step,) = checkpoint.steps(RunFolder(run))
+    assert step >= 3
+
+
+def test_jobs_are_the_same_verbs(trained: Path) -> None:
+    job = [sys.executable, str(ROOT / "jobs/evaluate.py"), str(trained), "--json"]
+    done = subprocess.run(job, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 2
+    for name in ("pack", "train", "predict"):
+        usage = subprocess.run([sys.executable, str(ROOT / f"jobs/{name}.py"), "-h"], capture_output=True, text=True)
+        assert f"raysemi {name}" in usage.stdout
+
+
+def test_api_is_what_the_command_line_does(trained: Path, recipe: Path) -> None:
+    import raysemi
+
+    assert raysemi.load_config(recipe).train.steps == 2
+    assert raysemi.evaluate(trained)["miou"] == json.loads((trained / "result.json").read_text())["miou"]
+    network: Any = raysemi.load_model(trained)
+    assert not network.training
+    assert len(network.classes) == len(network.palette) == 7
+    with torch.no_grad():
+        assert network(torch.rand(1, 3, 50, 70)).logits_BKHW.shape == (1, 7, 50, 70)
+    with pytest.raises(AttributeError, match="no attribute 'trane'"):
+        raysemi.trane  # noqa: B018
