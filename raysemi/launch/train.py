@@ -56,6 +56,8 @@ def _on_ray(config: RunConfig, settings: RayConfig, on_log: OnLog | None) -> dic
     os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(_COLLECTIVE_TIMEOUT_S))  # Ray's own default is none
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon an end or an error is noticed
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths of the config are the user's
+    if not settings.address and "RAY_ADDRESS" not in os.environ:
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
     with connected(settings) as cluster, tempfile.TemporaryDirectory(prefix="raysemi-ray-") as folder:
         if not cluster.here:
             _refuse_relative_paths(config)
