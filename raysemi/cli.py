@@ -48,6 +48,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # importing Rich takes longer than all the rest of --help
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Semantic segmentation from few labels and a large unlabeled pool.",
 )
@@ -89,6 +90,7 @@ def pack(
     pools: Annotated[str, typer.Option(help="Which pools to write.")] = "labeled,unlabeled,val",
     seed: Annotated[int, typer.Option(help="Of the draw when --split is a number.")] = 0,
     processes: Processes = None,
+    shard_samples: Annotated[int | None, typer.Option(help="Images a shard; default: 256.")] = None,
     keep_unlabeled_masks: Annotated[
         bool, typer.Option("--keep-unlabeled-masks", help="Store masks of unlabeled images, to measure.")
     ] = False,
@@ -114,6 +116,7 @@ def pack(
             pools=[name.strip() for name in pools.split(",")],
             seed=seed,
             processes=processes,
+            shard_samples=packing.SHARD_SAMPLES if shard_samples is None else shard_samples,
             keep_unlabeled_masks=keep_unlabeled_masks,
             escape_dots=escape_dots,
             allow_same_images=allow_same_images,

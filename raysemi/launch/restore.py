@@ -76,6 +76,10 @@ def open_pools(config: RunConfig) -> Pools:
             f"eval.pseudo_images must be 0 without masks of unlabeled images; got {config.eval.pseudo_images}. "
             "Set it to 0, or pack the unlabeled pool again with --keep-unlabeled-masks."
         )
+    try:
+        METHODS[config.method.name][1](config.method, len(classes))
+    except ConfigError as error:  # what a method refuses for this number of classes
+        faults += error.faults
     if faults:
         raise ConfigError(faults)
     return Pools(pools["labeled"], pools["val"], unlabeled)

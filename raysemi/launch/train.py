@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
+import signal
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from raysemi import config_io
@@ -46,10 +49,39 @@ def launch(config: RunConfig, on_log: OnLog | None = None) -> dict[str, Any]:
             # Workers look too; but they take a while to start, and a mistake should be told at once.
             open_pools(config)
             refuse_another_run(config)
-        return _on_ray(config, config.ray, on_log)
+        with _ctrl_c_wins():
+            return _on_ray(config, config.ray, on_log)
     from raysemi.launch.worker import run
 
     return run(config, on_log)
+
+
+@contextlib.contextmanager
+def _ctrl_c_wins() -> Iterator[None]:
+    """After Ctrl-C, any error is KeyboardInterrupt.
+
+    A terminal sends the signal to all of its processes, so what the driver meets first may be a dead worker; and an
+    exception that a signal raises inside a destructor is lost.
+    """
+    previous = signal.getsignal(signal.SIGINT)
+    if not callable(previous) or threading.current_thread() is not threading.main_thread():
+        yield  # ignored, as under nohup, or not ours to handle
+        return
+    pressed = threading.Event()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        pressed.set()
+        previous(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    except Exception as error:
+        if pressed.is_set():
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _on_ray(config: RunConfig, settings: RayConfig, on_log: OnLog | None) -> dict[str, Any]:
@@ -82,8 +114,9 @@ def _on_ray(config: RunConfig, settings: RayConfig, on_log: OnLog | None) -> dic
                     outcome.join(_POLL_S)
                 relay(ray.get(board.take.remote()), on_log)
             except BaseException:
-                for worker in ray.get(board.workers.remote()):  # on a notebook's cluster nothing else would end them
-                    ray.kill(worker)
+                with contextlib.suppress(Exception):  # a terminal's Ctrl-C may have ended the board already
+                    for worker in ray.get(board.workers.remote()):  # on a notebook's cluster nothing else ends them
+                        ray.kill(worker)
                 raise
             if outcome.error is None:
                 return outcome.value

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -49,22 +48,18 @@ def trained(recipe: Path) -> Path:
     return recipe.parent / "run"
 
 
-def test_help_is_instant() -> None:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(
-        [sys.executable, "-c", "from raysemi.cli import main; main(['--help'])"], capture_output=True, text=True
+def test_help_loads_nothing_heavy() -> None:
+    """What keeps `raysemi --help` instant: a tenth of a second without these, seconds with them."""
+    code = (
+        "import sys\nfrom raysemi.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'ray', 'numpy', 'rich', 'pydantic') if m in sys.modules])"
     )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0
+    assert done.stdout.strip().endswith("[]")
     for command in ("pack", "index", "verify", "plan", "train", "evaluate", "predict", "report", "doctor", "demo"):
         assert f" {command} " in done.stdout
-    # Processor time, since a busy machine stretches the clock.
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
-
-
-def test_the_command_line_itself_imports_no_torch() -> None:
-    code = "import sys, raysemi.cli; print([m for m in ('torch', 'ray', 'rich', 'pydantic') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("command", [c.name or c.callback.__name__ for c in app.registered_commands if c.callback])

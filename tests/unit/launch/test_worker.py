@@ -15,7 +15,7 @@ from raysemi.engine import checkpoint
 from raysemi.engine.folder import RunFolder
 from raysemi.errors import CheckpointError, ConfigError, DataError
 from raysemi.launch import worker
-from raysemi.launch.restore import load_network
+from raysemi.launch.restore import load_network, open_pools
 from raysemi.launch.worker import run
 from raysemi.ops.photometric import PARAMETERS
 
@@ -146,6 +146,23 @@ def test_a_missing_pool_names_its_setting(scenes, tmp_path):
     with pytest.raises(DataError, match=r"data\.unlabeled.*nowhere"):
         run(tiny_run(scenes, tmp_path / "run", "fixmatch", f"data.unlabeled={tmp_path}/nowhere"))
     assert not (tmp_path / "run").exists()
+
+
+def test_an_order_that_leaves_no_channel_is_told_before_any_worker_starts(scenes, tmp_path):
+    config = tiny_run(scenes, tmp_path / "run", "derprop", "method.deriv.dim=4", "method.order=4")
+    with pytest.raises(ConfigError, match=r"method\.order must leave a channel") as caught:
+        open_pools(config)
+    assert len(caught.value.faults) == 1
+
+
+def test_labeled_images_alone_need_no_unlabeled_pool(scenes, tmp_path):
+    pools = tmp_path / "pools"
+    for name in ("labeled", "val"):
+        shutil.copytree(scenes / name, pools / name)
+    result = run(tiny_run(pools, tmp_path / "run", "supervised", "train.steps=2"))
+    assert (result["steps"], result["unlabeled"]) == (2, 0)
+    with pytest.raises(DataError, match=r"data\.unlabeled"):
+        open_pools(tiny_run(pools, tmp_path / "run", "fixmatch"))
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(scenes, tmp_path, monkeypatch):
