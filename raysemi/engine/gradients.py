@@ -32,6 +32,8 @@ def join_ranks(objectives: dict[str, Objective], across: AcrossRanks) -> dict[st
     }
 
 
-def uniform_loss(objectives: dict[str, Objective], losses: dict[str, Tensor]) -> Tensor:
-    """The published total: the sum of weight * loss."""
-    return torch.stack([objectives[name].weight * loss for name, loss in losses.items()]).sum()
+def uniform_loss(objectives: dict[str, Objective], losses: dict[str, Tensor], unsupervised: float = 1.0) -> Tensor:
+    """The published total, the sum of weight * loss; `unsupervised` is a factor on the terms of that side."""
+    factor = {"supervised": 1.0, "unsupervised": unsupervised}
+    terms = [objectives[name].weight * factor[objectives[name].side] * loss for name, loss in losses.items()]
+    return torch.stack(terms).sum()

@@ -19,21 +19,30 @@ from raysemi.engine.gradients import join_ranks, uniform_loss
 from raysemi.errors import ConfigError
 from raysemi.methods.base import AcrossRanks, Method, StepContext
 from raysemi.models.segmentor import Segmentor
+from raysemi.ops.schedules import rampup
 
 
 class StepModule(nn.Module):
-    """Student and method as one module: batch -> the uniform loss and each objective's value."""
+    """Student and method as one module: batch -> the uniform loss and each objective's value.
 
-    def __init__(self, student: Segmentor, method: Method) -> None:
+    Args:
+        student: what is trained.
+        method: how.
+        rampup_steps: steps over which the unsupervised side rises to its full weight.
+    """
+
+    def __init__(self, student: Segmentor, method: Method, rampup_steps: float = 0.0) -> None:
         super().__init__()
         self.student = student
         self.method = method
+        self.rampup_steps = rampup_steps
 
     def forward(self, batch: SemiBatch, context: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to differentiate, and the detached value of each objective (their mean over ranks is global)."""
         objectives = self.method.objectives(batch, context)
         losses = join_ranks(objectives, context.across)
-        return uniform_loss(objectives, losses), {name: loss.detach() for name, loss in losses.items()}
+        unsupervised = rampup(context.step, self.rampup_steps)
+        return uniform_loss(objectives, losses, unsupervised), {name: loss.detach() for name, loss in losses.items()}
 
 
 class Strategy(Protocol):

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from raysemi.base import Config
+from raysemi.base import Config, choices
 from raysemi.data.types import HostBatch
 from raysemi.data.views import on_device
 from raysemi.engine.checkpoint import Snapshot
@@ -45,6 +45,9 @@ class TrainConfig(Config):
     """Global batch."""
     period: int | None = Field(None, ge=1)
     """Steps that stand for the papers' epoch; None = one pass over the unlabeled pool, at most a 20th of the run."""
+    rampup: float = Field(0.0, ge=0.0, le=1.0, json_schema_extra=choices([0.0, 0.25, 0.5]))
+    """Share of the run over which the weight of the unsupervised terms rises to 1; 0 = at once, as in the papers. In a
+    short run from few labels, rare classes would else be taught away before the labels have taught them."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Autocast: auto is bf16 on CUDA and fp32 elsewhere."""
     strategy: Literal["auto", "single", "ddp"] = "auto"
@@ -127,7 +130,7 @@ class Trainer:
         self.method = method.to(device)
         average = method.average
         self.average = AveragedCopy(self.student, average, period) if average.kind != "none" else None
-        module = StepModule(self.student, self.method).train()
+        module = StepModule(self.student, self.method, config.rampup * config.steps).train()
         self.strategy: Strategy = Replicas(module, across, device, self.precision)
         self.optimizer = Optimizer(self.student, optim, config.steps)
         self._parameters = list(self.optimizer.names)

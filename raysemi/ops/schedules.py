@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 def poly(step: int, steps: int, power: float = 0.9) -> float:
     """Polynomial decay (1 - step / steps) ** power: 1 at step 0, 0 at the end.
@@ -12,6 +14,16 @@ def poly(step: int, steps: int, power: float = 0.9) -> float:
         power: exponent.
     """
     return (1.0 - min(step, steps) / steps) ** power
+
+
+def rampup(step: int, length: float) -> float:
+    """exp(-5 (1 - step / length)^2): 0.0067 at step 0, 1 from `length` on. Laine and Aila 2017, arXiv:1610.02242.
+
+    Args:
+        step: from 0.
+        length: steps of the rise; 0 = 1 at once.
+    """
+    return math.exp(-5.0 * (1.0 - step / length) ** 2) if step < length else 1.0
 
 
 def ema_decay(step: int, max_decay: float) -> float:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
-from raysemi.ops.schedules import ema_decay, poly
+from raysemi.ops.schedules import ema_decay, poly, rampup
 
 
 @pytest.mark.parametrize(("step", "rate"), [(0, 1e-3), (1, 9.90995e-4), (50, 5.35887e-4), (99, 1.58489e-5), (100, 0.0)])
@@ -31,3 +33,10 @@ def test_decay_reaches_its_cap(cap, first):
     assert ema_decay(first, cap) == pytest.approx(cap)
     assert ema_decay(10**6, cap) == cap
     assert [round(ema_decay(i, cap), 4) for i in range(4)] == [0.0, 0.5, 0.6667, 0.75]
+
+
+def test_rampup_rises_to_its_end_and_stays():
+    assert rampup(0, 100) == pytest.approx(math.exp(-5))
+    assert rampup(50, 100) == pytest.approx(math.exp(-1.25))
+    assert rampup(100, 100) == rampup(101, 100) == 1.0
+    assert rampup(0, 0) == 1.0
