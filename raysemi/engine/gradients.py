@@ -24,7 +24,9 @@ def join_ranks(objectives: dict[str, Objective], across: AcrossRanks) -> dict[st
     Returns:
         name -> total * world / max(sum over ranks of normaliser, 1), with gradient, without the objective's weight.
     """
-    normalisers = across.sum(torch.stack([o.normaliser.detach().to(torch.float64) for o in objectives.values()]))
+    device = next(iter(objectives.values())).normaliser.device
+    wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no fp64
+    normalisers = across.sum(torch.stack([o.normaliser.detach().to(wide) for o in objectives.values()]))
     normalisers = normalisers.clamp(min=1.0).to(torch.float32)
     return {
         name: objective.total.float() * across.world / normaliser
