@@ -71,10 +71,11 @@ def open_pools(config: RunConfig) -> Pools:
         for name, pool in pools.items()
         if pool.classes != classes
     ]
-    if config.eval.pseudo_images and unlabeled is not None and not unlabeled.has_masks:
+    if config.eval.pseudo_images and unlabeled is not None and not unlabeled.labeled:
         faults.append(
-            f"eval.pseudo_images must be 0 without masks of unlabeled images; got {config.eval.pseudo_images}. "
-            "Set it to 0, or pack the unlabeled pool again with --keep-unlabeled-masks."
+            f"eval.pseudo_images must be 0 unless every unlabeled image has a mask; got {config.eval.pseudo_images} "
+            f"with {unlabeled.num_masks} masks for {unlabeled.num_samples} images. Set it to 0, or pack the unlabeled "
+            "pool again with --keep-unlabeled-masks."
         )
     try:
         METHODS[config.method.name][1](config.method, len(classes))
@@ -159,10 +160,18 @@ def load_network(run: str | Path, which: Literal["last", "best"] = "last") -> Tr
     classes = tuple(snapshot.state["classes"])
     untrained = config.model.model_copy(update={"weights": "random"})  # every weight is in the checkpoint
     network, _ = build(config, len(classes), untrained)
-    averaged = snapshot.state["average_started"]
+    weights = snapshot.tensors["teacher" if snapshot.state["average_started"] else "student"]
+    checkpoint_path = f"{run}/{checkpoint.checkpoint_name(snapshot.step)}"
+    advice = f"Remove the folder {checkpoint_path}; the same command goes on from an earlier checkpoint."
+    outputs = len(weights.get("decoder.classifier.bias", ()))
+    if outputs != len(classes):
+        raise CheckpointError(
+            f"{checkpoint_path} must hold weights for the {len(classes)} classes that its state.json names; got "
+            f"{outputs}. {advice}"
+        )
     try:
-        network.load_state_dict(snapshot.tensors["teacher" if averaged else "student"])
-    except RuntimeError as error:
-        raise CheckpointError(f"{run} must hold weights of its own config; got others. {error}") from error
+        network.load_state_dict(weights)
+    except RuntimeError as error:  # torch's text has a line a tensor
+        raise CheckpointError(f"{checkpoint_path} must hold weights of its own config; got others. {advice}") from error
     palette = tuple((red, green, blue) for red, green, blue in snapshot.state["palette"])
     return Trained(network.eval(), config, classes, palette, snapshot.step)

@@ -120,26 +120,36 @@ def test_other_pools_are_refused(scenes, tmp_path):
 
 def test_a_checkpoint_of_another_class_count_is_refused(scenes, tmp_path):
     run(tiny_run(scenes, tmp_path / "run", "supervised", "train.steps=1"))
-    state = tmp_path / "run" / "checkpoints" / "step-000001"
-    content = json.loads((state / "state.json").read_text())
-    content["classes"] = content["classes"][:-2]
-    snapshot = checkpoint.load(RunFolder(tmp_path / "run"), 1)
-    snapshot.state["classes"] = content["classes"]
-    checkpoint.save(RunFolder(tmp_path / "run"), snapshot)
-    with pytest.raises(CheckpointError, match="weights of its own config"):
+    folder = RunFolder(tmp_path / "run")
+    snapshot = checkpoint.load(folder, 1)
+    snapshot.state["classes"] = snapshot.state["classes"][:-2]
+    checkpoint.save(folder, snapshot)
+    with pytest.raises(CheckpointError, match=r"step-000001 must hold weights for the 5 classes .* got 7\. ") as caught:
         load_network(tmp_path / "run")
+    assert "\n" not in str(caught.value)
 
 
-def test_measuring_needs_masks_that_were_kept(scenes, tmp_path):
+def test_a_checkpoint_of_another_network_is_refused_in_one_line(scenes, tmp_path):
+    run(tiny_run(scenes, tmp_path / "run", "supervised", "train.steps=1"))
+    written = tmp_path / "run" / "config.yaml"
+    written.write_text(written.read_text().replace("channels: 16", "channels: 24"))
+    with pytest.raises(CheckpointError, match="weights of its own config") as caught:
+        load_network(tmp_path / "run")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("masks", [0, 15])
+def test_measuring_needs_masks_that_were_kept(scenes, tmp_path, masks):
+    """Told before any worker starts; a pool of 16 with 15 masks does not do either."""
     pools = tmp_path / "pools"
     shutil.copytree(scenes, pools)
-    index = pq.read_table(pools / "unlabeled" / "index.parquet")
-    assert index.column("mask_offset").null_count == 0
     content = json.loads((pools / "unlabeled" / "pool.json").read_text())
-    content["masks"] = 0
+    assert content["masks"] == 16
+    content["masks"] = masks
     (pools / "unlabeled" / "pool.json").write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match="--keep-unlabeled-masks"):
-        run(tiny_run(pools, tmp_path / "run", "fixmatch", "train.steps=2", "eval.pseudo_images=2"))
+    config = tiny_run(pools, tmp_path / "run", "fixmatch", "train.steps=2", "eval.pseudo_images=2")
+    with pytest.raises(ConfigError, match=f"got 2 with {masks} masks for 16 images.*--keep-unlabeled-masks"):
+        open_pools(config)
 
 
 def test_a_missing_pool_names_its_setting(scenes, tmp_path):
