@@ -219,6 +219,7 @@ class Trainer:
             if self.step % config.log_every == 0 or self.step == config.steps:
                 metrics = self._meter.read(self.across)
                 metrics["lr"] = self.optimizer.learning_rate(self.step - 1)
+                metrics["skipped_steps"] = float(self.skipped)  # counts from the first step on: a mean would be off
                 hooks.log(self.step, metrics)
             stopped = hooks.should_stop()
             best = False

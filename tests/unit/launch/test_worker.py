@@ -37,19 +37,16 @@ def assert_same_bits(a: checkpoint.Snapshot, b: checkpoint.Snapshot) -> None:
 def test_continued_equals_never_stopped(scenes, tmp_path, method):
     """60 steps, against 30 and 30 more: weights, averaged copy, thresholds and moments to the last bit.
 
-    The second run also evaluates and looks at pseudo-labels more often, which must not change it.
+    It stops in the middle of a period (28 to 34), between two updates of the averaged copy. The second run also
+    evaluates and looks at pseudo-labels more often, which must not change it.
     """
-    low = ["method.threshold=0.2"] if method == "fixmatch" else ["method.threshold.initial=0.25"]
-    whole = tiny_run(scenes, tmp_path / "whole", method, "train.steps=60", *low)
-    run(whole)
-    stopped = tiny_run(scenes, tmp_path / "parts", method, "train.steps=60", "train.stop_at=30", *low)
-    run(stopped)
+    settings = ["train.steps=60", "train.period=7"]
+    settings += ["method.threshold=0.2"] if method == "fixmatch" else ["method.threshold.initial=0.25"]
+    run(tiny_run(scenes, tmp_path / "whole", method, *settings))
+    run(tiny_run(scenes, tmp_path / "parts", method, *settings, "train.stop_at=30"))
     assert newest(tmp_path / "parts").step == 30
-    on = tiny_run(
-        scenes, tmp_path / "parts", method, "train.steps=60", *low,
-        "eval.every=7", "eval.pseudo_images=4", "eval.pictures=2",
-    )  # fmt: skip
-    run(on)
+    looks = ["eval.every=7", "eval.pseudo_images=4", "eval.pictures=2"]
+    run(tiny_run(scenes, tmp_path / "parts", method, *settings, *looks))
     assert_same_bits(newest(tmp_path / "whole"), newest(tmp_path / "parts"))
     if method == "derprop":
         assert newest(tmp_path / "parts").tensors["method"]["threshold"] != torch.tensor(0.25)
@@ -194,7 +191,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(scenes, tmp_path, monkeypatch
 
 def test_a_step_that_is_not_finite_is_skipped_whole(scenes, tmp_path, monkeypatch):
     """A NaN in one image's pixels: weights, moments, averaged copy and running statistics stay as they were."""
-    config = tiny_run(scenes, tmp_path / "run", "derprop", "train.steps=3", "train.period=3")
+    config = tiny_run(scenes, tmp_path / "run", "derprop", "train.steps=3", "train.period=3", "train.log_every=3")
     before: dict[str, torch.Tensor] = {}
     real = worker.Trainer.train_step
 
@@ -216,4 +213,6 @@ def test_a_step_that_is_not_finite_is_skipped_whole(scenes, tmp_path, monkeypatc
         return values
 
     monkeypatch.setattr(worker.Trainer, "train_step", poisoned)
-    assert run(config)["steps"] == 3
+    logged = []
+    assert run(config, lambda step, metrics: logged.append(metrics.get("skipped_steps")))["steps"] == 3
+    assert logged[0] == 1  # the count so far, not its mean over the steps of the log line
