@@ -143,11 +143,19 @@ def load_newest(folder: RunFolder) -> Snapshot | None:
     return None
 
 
-def keep_newest(folder: RunFolder, keep: int) -> None:
-    """Removes all checkpoints but the newest `keep` and the best, and what an interrupted writer left."""
+def keep_newest(folder: RunFolder, keep: int, newest: int) -> None:
+    """Removes all checkpoints but `keep` and the best, and what an interrupted writer left.
+
+    Args:
+        folder: the run folder.
+        keep: how many stay, beside the best.
+        newest: the step just saved; later ones are broken, since the run went back behind them, and do not count.
+    """
     protected = best_step(folder)
-    for step in steps(folder)[:-keep]:
-        if step != protected:
+    found = steps(folder)
+    kept = [step for step in found if step <= newest][-keep:]
+    for step in found:
+        if step not in kept and step != protected:
             folder.remove(checkpoint_name(step))
     if folder.is_local:
         for name in folder.names("checkpoints"):
@@ -158,6 +166,22 @@ def keep_newest(folder: RunFolder, keep: int) -> None:
 def best_step(folder: RunFolder) -> int | None:
     """Step of the best checkpoint, None before the first evaluation."""
     return json.loads(folder.read_bytes("best.json"))["step"] if folder.exists("best.json") else None
+
+
+def best_miou(folder: RunFolder) -> float:
+    """mIoU in percent of the best checkpoint; minus infinity before the first evaluation.
+
+    A best checkpoint that is broken is named in the log and counts as none: the next evaluation names another.
+    """
+    step = best_step(folder)
+    if step is None:
+        return float("-inf")
+    try:
+        load(folder, step)
+    except CheckpointError as error:
+        _log.warning("the best checkpoint is chosen anew: %s", error)
+        return float("-inf")
+    return float(json.loads(folder.read_bytes("best.json"))["miou"])
 
 
 def mark_best(folder: RunFolder, step: int, miou: float) -> None:

@@ -128,6 +128,8 @@ class _Run:
         """Goes on from the newest whole checkpoint."""
         text = config_io.dump(self.config)
         snapshot = checkpoint.load_newest(self.folder)
+        best_miou = checkpoint.best_miou(self.folder)
+        self._agree_on(0 if snapshot is None else snapshot.step)
         distributed.barrier(self.across)  # every rank has read the folder before rank 0 writes to it
         if snapshot is not None:
             if snapshot.state["digests"] != self._digests():
@@ -139,11 +141,21 @@ class _Run:
             self.seconds = snapshot.state["seconds"]
             if self.folder.exists("result.json"):
                 self.result = json.loads(self.folder.read_bytes("result.json"))
-            if self.folder.exists("best.json"):
-                self._best_miou = json.loads(self.folder.read_bytes("best.json"))["miou"]
+            self._best_miou = best_miou
             _log.info("going on from step %d", self.trainer.step)
         if self.across.rank == 0:
             self.folder.write_bytes("config.yaml", text.encode())
+
+    def _agree_on(self, step: int) -> None:
+        """Refuses, on all ranks, that each goes on from another step."""
+        both = torch.tensor([step, -step], device=self.trainer.device)
+        last, first = (self.across.max(both) * torch.tensor([1, -1], device=both.device)).tolist()
+        if first != last:
+            raise CheckpointError(
+                f"run must name one folder that all ranks share; got {self.config.run} with a newest whole checkpoint "
+                f"at step {first} on one rank and {last} on another. Give a shared folder or an object store, or "
+                "remove the checkpoints that the log names."
+            )
 
     @property
     def pools(self) -> dict[str, Pool]:
@@ -178,7 +190,7 @@ class _Run:
         checkpoint.save(self.folder, snapshot)
         if self._best_step == step:
             checkpoint.mark_best(self.folder, step, self._best_miou)
-        checkpoint.keep_newest(self.folder, self.config.train.keep)
+        checkpoint.keep_newest(self.folder, self.config.train.keep, step)
         assert self.record is not None  # rank 0 has one
         self.record.flush()
 

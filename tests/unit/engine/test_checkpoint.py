@@ -23,6 +23,11 @@ def snapshot(step: int) -> Snapshot:
     return Snapshot(step, tensors, {"seconds": 1.5})
 
 
+def damage(folder: RunFolder, step: int) -> None:
+    file = Path(folder.path(f"checkpoints/step-{step:06d}/student.safetensors"))
+    file.write_bytes(file.read_bytes()[:-3])
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
     folder = RunFolder(tmp_path / "run")
@@ -42,14 +47,14 @@ def test_what_was_saved_comes_back(folder):
             assert torch.equal(loaded.tensors[stem][name], value)
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest"])
-def test_a_damaged_checkpoint_is_named_and_passed_over(folder, damage, caplog):
+@pytest.mark.parametrize("kind", ["flip", "cut", "remove", "manifest"])
+def test_a_damaged_checkpoint_is_named_and_passed_over(folder, kind, caplog):
     path = Path(folder.path("checkpoints/step-000030"))
-    file = path / ("manifest.json" if damage == "manifest" else "student.safetensors")
+    file = path / ("manifest.json" if kind == "manifest" else "student.safetensors")
     content = bytearray(file.read_bytes())
-    if damage == "remove":
+    if kind == "remove":
         file.unlink()
-    elif damage == "flip":
+    elif kind == "flip":
         content[-3] ^= 1
         file.write_bytes(content)
     else:
@@ -69,10 +74,30 @@ def test_keeps_the_newest_and_the_best_and_sweeps_what_a_killed_writer_left(fold
     left = Path(folder.path("checkpoints/.writing-x"))
     left.mkdir()
     checkpoint.mark_best(folder, 10, 41.5)
-    checkpoint.keep_newest(folder, keep=1)
+    checkpoint.keep_newest(folder, keep=1, newest=30)
     assert checkpoint.steps(folder) == [10, 30]
     assert not left.exists()
     assert checkpoint.best_step(folder) == 10
+
+
+def test_a_broken_checkpoint_does_not_count_among_those_kept(folder):
+    """Back from 30, which is broken, to 20; then 25 is saved, and it is the one to keep."""
+    damage(folder, 30)
+    assert checkpoint.load_newest(folder).step == 20
+    checkpoint.save(folder, snapshot(25))
+    checkpoint.keep_newest(folder, keep=1, newest=25)
+    assert checkpoint.load_newest(folder).step == 25
+    assert checkpoint.steps(folder) == [25]
+
+
+def test_a_broken_best_checkpoint_counts_as_none(folder, caplog):
+    assert checkpoint.best_miou(folder) == float("-inf")
+    checkpoint.mark_best(folder, 20, 41.5)
+    assert checkpoint.best_miou(folder) == 41.5
+    damage(folder, 20)
+    assert checkpoint.best_miou(folder) == float("-inf")
+    assert "chosen anew" in caplog.text
+    assert "step-000020" in caplog.text
 
 
 def test_an_unwritable_run_folder_is_said_in_one_line(tmp_path):

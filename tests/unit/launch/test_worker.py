@@ -98,6 +98,22 @@ def test_rows_of_a_cut_off_run_are_dropped(scenes, tmp_path):
     assert [row["step"] for row in rows if row["name"] == "loss/total"] == list(range(1, 9))
 
 
+def test_a_run_heals_after_a_broken_newest_checkpoint(scenes, tmp_path):
+    """Step 4 is the newest and the best, and its file is cut: the run goes back, and both are found anew."""
+    settings = ["train.steps=8", "train.keep=1", "train.checkpoint_every=2", "eval.every=8"]
+    folder = RunFolder(tmp_path / "run")
+    run(tiny_run(scenes, tmp_path / "run", "supervised", *settings, "train.keep=9", "train.stop_at=4"))
+    checkpoint.mark_best(folder, 4, 99.0)
+    cut = tmp_path / "run" / "checkpoints" / "step-000004" / "student.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-1])
+    run(tiny_run(scenes, tmp_path / "run", "supervised", *settings, "train.stop_at=3"))
+    assert newest(tmp_path / "run").step == 3
+    result = run(tiny_run(scenes, tmp_path / "run", "supervised", *settings))
+    assert checkpoint.best_step(folder) == 8
+    assert checkpoint.best_miou(folder) == result["miou"] < 99.0
+    assert checkpoint.steps(folder) == [8]
+
+
 def test_another_config_in_the_same_folder_is_refused_with_the_difference(scenes, tmp_path):
     run(tiny_run(scenes, tmp_path / "run", "supervised", "train.steps=2", "train.stop_at=1"))
     with pytest.raises(ConfigError, match=r"optim\.lr, seed"):
