@@ -1,10 +1,10 @@
 """`scenes`: a drawn data set of lit, textured, overlapping objects on a cluttered table. Needs no download.
 
 Six classes of object (`ball, fruit, box, can, ring, star`) and the background, so masks hold 0 to 6. Outline, relief
-and texture together decide the kind: colours are drawn alike for all kinds and for the background, balls and fruit
-share their outline and differ in texture, and flat discs, scraps, bands and pebbles lie around that are background.
-Size, attitude, pattern, light, shadow, noise and occlusion vary per object or image, so that a handful of labeled
-images does not cover what several hundred unlabeled ones show.
+and texture decide the kind, and colour hints at it: most objects have a colour that is usual for their kind, the others
+and all of the background any. Balls and fruit share their outline, and flat discs, scraps, bands and pebbles lie around
+that are background. Size, attitude, pattern, light, shadow, noise and occlusion vary per object or image, so that a
+handful of labeled images does not cover what several hundred unlabeled ones show.
 
 An image is a pure function of (seed, part, index). It is drawn at twice its size and reduced; a pixel of the mask is
 the object that covers at least half of it.
@@ -38,6 +38,16 @@ PALETTE: Palette = (
     (168, 104, 204),
     (62, 190, 180),
 )
+_USUAL_COLOURS = {  # ranges of hue, saturation and value
+    "ball": ((0.94, 1.04), (0.55, 0.95), (0.5, 1.0)),  # red
+    "fruit": ((0.2, 0.36), (0.45, 0.9), (0.4, 0.95)),  # green
+    "box": ((0.05, 0.11), (0.3, 0.65), (0.35, 0.85)),  # cardboard
+    "can": ((0.54, 0.66), (0.2, 0.8), (0.4, 1.0)),  # blue
+    "ring": ((0.74, 0.88), (0.35, 0.9), (0.45, 1.0)),  # purple
+    "star": ((0.12, 0.17), (0.55, 0.95), (0.6, 1.0)),  # yellow
+}
+_USUAL = 0.75
+"""Probability that an object has its kind's colour."""
 _JPEG_QUALITY = 92
 _OVERSAMPLING = 2
 _TONE_CURVE = (255 * np.linspace(0, 1, 1024) ** 0.85 + 0.5).astype(np.uint8)  # lifts shadows as a camera's curve does
@@ -65,9 +75,17 @@ def _generator(seed: int, part: Part, index: int) -> np.random.Generator:
 
 
 def _colour(rng: np.random.Generator) -> Array:
-    """A colour from the one distribution that every kind of object and the background share."""
+    """Any colour."""
     saturation = rng.beta(1.6, 1.6) * 0.9
     return np.array(colorsys.hsv_to_rgb(rng.uniform(), saturation, rng.uniform(0.3, 1.0)), np.float32)
+
+
+def _colour_of(kind: str, rng: np.random.Generator) -> Array:
+    """An object's main colour."""
+    if rng.random() >= _USUAL:
+        return _colour(rng)
+    hue, saturation, value = (rng.uniform(*bounds) for bounds in _USUAL_COLOURS[kind])
+    return np.array(colorsys.hsv_to_rgb(hue % 1.0, saturation, value), np.float32)
 
 
 def _contrasting(rng: np.random.Generator, other_3: Array) -> Array:
@@ -166,14 +184,14 @@ def draw_scene(seed: int, part: Part, index: int, size: int = 128) -> Scene:
     taken: list[tuple[float, float, float]] = []
     for _ in range(num_objects):
         kind = int(rng.integers(1, len(CLASSES)))
-        radius = side * 0.5 * float(np.exp(rng.uniform(np.log(0.15), np.log(0.6))))
+        radius = side * 0.5 * float(np.exp(rng.uniform(np.log(0.2), np.log(0.6))))
         centre, turn = _place(rng, radius, taken, side), rng.uniform(0, 2 * np.pi)
         window = _window(centre, radius * 1.1, side)
         y, x = np.ogrid[window]
         x, y = (x + 0.5 - centre[0]) / np.float32(radius), (y + 0.5 - centre[1]) / np.float32(radius)
         c, s = np.float32(np.cos(turn)), np.float32(np.sin(turn))
         surface = SHAPES[CLASSES[kind]](x * c + y * s, y * c - x * s, rng, grain)
-        first = _colour(rng)
+        first = _colour_of(CLASSES[kind], rng)
         colours = np.stack((first, _contrasting(rng, first), _colour(rng)))
         shaded = _shade(surface, light, turn, colours)
         _cast_shadow(canvas_HW3, surface.inside_HW, window, light, radius * rng.uniform(0.25, 0.5))

@@ -68,7 +68,7 @@ def test_the_outline_is_where_the_image_changes(scenes):
     assert edge_strength(0) > 1.5 * max(edge_strength(2), edge_strength(-2))
 
 
-def test_colour_alone_does_not_tell_the_class(scenes):
+def test_colour_hints_at_the_class_and_does_not_tell_it(scenes):
     def bins_and_labels(part):
         image = np.stack([scene.image_HW3 for scene in part]).reshape(-1, 3) // 32
         label = np.concatenate([scene.label_HW.ravel() for scene in part])
@@ -82,7 +82,7 @@ def test_colour_alone_does_not_tell_the_class(scenes):
     np.add.at(votes, (bins, label), 1 / np.bincount(label, minlength=7)[label])  # each class counts the same
     held_out_bins, held_out_label = bins_and_labels(scenes[90:])
     assert recall(votes.argmax(axis=1)[bins], label) > 1.3 / 7  # the histogram does fit what it has seen
-    assert recall(votes.argmax(axis=1)[held_out_bins], held_out_label) < 1.6 / 7
+    assert recall(votes.argmax(axis=1)[held_out_bins], held_out_label) < 2.5 / 7  # a hint, no more
 
 
 def test_as_a_source_it_gives_images_and_masks_that_belong_together():
