@@ -14,7 +14,7 @@ from raysemi.data.types import SemiBatch
 from raysemi.methods.base import SingleRank, StepContext
 from raysemi.models.decoders import DeepLabV3Plus
 from raysemi.models.encoders import Encoder
-from raysemi.models.segmentor import Segmentor
+from raysemi.models.segmentor import Features, Prediction, Segmentor
 
 
 class TinyEncoder(Encoder):
@@ -44,6 +44,18 @@ def tiny_segmentor(
         decoder = DeepLabV3Plus(6, 10, num_classes, channels=8, low_channels=4, rates=(1, 2, 3))
         heads = {} if heads_of is None else heads_of(6, 10)
         return Segmentor(encoder, decoder, heads, num_classes, frozen=frozen)
+
+
+class PixelNet(nn.Module):
+    """Logits that a pixel's own three channels decide: the channels themselves, until it learns. For worked numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor_K3 = nn.Parameter(torch.eye(3))
+
+    def forward(self, images_B3HW: Tensor) -> Prediction:
+        logits_BKHW = torch.einsum("kc,bchw->bkhw", self.factor_K3, images_B3HW)
+        return Prediction(logits_BKHW, Features(logits_BKHW, logits_BKHW), logits_BKHW)
 
 
 def semi_batch(

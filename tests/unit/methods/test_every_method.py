@@ -1,0 +1,131 @@
+"""What every method owes, run over the registry: it trains the student and nothing else, repeats itself, and learns."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from makers import semi_batch, step_context, tiny_segmentor
+
+from raysemi.methods import METHODS
+from raysemi.methods.base import Average
+from raysemi.models.segmentor import Features, Prediction
+
+CLASSES = 4
+TRUSTING = {"fixmatch": {"threshold": 0.2}, "derprop": {"region": {"segments": 6}, "threshold": {"initial": 0.2}}}
+
+
+def build(name, settings, frozen=False):
+    config, kind = METHODS[name]
+    method = kind(config(**settings), CLASSES)
+    student = tiny_segmentor(CLASSES, method.heads, frozen=frozen)
+    teacher = None if method.average == Average() else copy.deepcopy(student).eval()
+    return method, student, teacher
+
+
+def published_total(terms):
+    return sum(term.weight * term.total / term.normaliser.clamp(min=1) for term in terms.values())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_objective_trains_the_student_and_none_the_teacher(name):
+    method, student, teacher = build(name, TRUSTING.get(name, {}))
+    terms = method.objectives(semi_batch(CLASSES), step_context(student, teacher, step=50))
+    for title, term in terms.items():
+        grads = torch.autograd.grad(term.total, list(student.encoder.parameters()), retain_graph=True)
+        assert max(g.abs().max() for g in grads) > 0, title
+    published_total(terms).backward()
+    assert all(parameter.grad is not None for parameter in student.parameters())
+    if teacher is not None:
+        assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_same_step_gives_the_same_bits(name):
+    totals = []
+    for _ in range(2):
+        method, student, teacher = build(name, TRUSTING.get(name, {}))
+        terms = method.objectives(semi_batch(CLASSES), step_context(student, teacher, step=7))
+        totals.append({title: term.total.item() for title, term in terms.items()})
+    assert totals[0] == totals[1]
+
+
+# --- learning: a tiny network, blocks of four colours --------------------------------------------------------------
+
+
+class Right(torch.nn.Module):
+    """A teacher that is sure of the truth."""
+
+    def __init__(self, truth_UHW):
+        super().__init__()
+        self.logits_UKHW = 20.0 * torch.nn.functional.one_hot(truth_UHW, CLASSES).permute(0, 3, 1, 2)
+
+    def forward(self, images_B3HW):
+        return Prediction(self.logits_UKHW, Features(images_B3HW, images_B3HW), images_B3HW)
+
+
+def blocks(seed):
+    """(images [4, 3, 48, 72], labels [4, 48, 72]): the colour of a block of 24 x 24 pixels is its class."""
+    generator = torch.Generator().manual_seed(seed)
+    label_BHW = torch.randint(0, CLASSES, (4, 2, 3), generator=generator)
+    label_BHW = label_BHW.repeat_interleave(24, dim=1).repeat_interleave(24, dim=2)
+    colours_K3 = torch.tensor([[0.2, 0.2, 0.2], [0.8, 0.2, 0.2], [0.2, 0.8, 0.2], [0.2, 0.2, 0.8]])
+    noise = 0.1 * torch.rand(4, 3, 48, 72, generator=generator)
+    return colours_K3[label_BHW].permute(0, 3, 1, 2) + noise, label_BHW
+
+
+def colour_batch():
+    """Four labeled and four unlabeled images of blocks, no padding, no CutMix; and the truth of the unlabeled ones."""
+    image_L3HW, label_LHW = blocks(0)
+    weak_U3HW, truth_UHW = blocks(1)
+    batch = semi_batch(CLASSES, labeled=4, unlabeled=4, height=48, width=72)
+    batch = replace(
+        batch,
+        image_L3HW=image_L3HW,
+        label_LHW=label_LHW,
+        weak_U3HW=weak_U3HW,
+        strong_VU3HW=(0.9 * weak_U3HW + 0.1)[None],
+        valid_UHW=torch.ones_like(batch.valid_UHW),
+        boxes_VU4=torch.zeros_like(batch.boxes_VU4),
+    )
+    return batch, truth_UHW
+
+
+def learn(method, student, teacher, batch, wanted, steps):
+    """Steps of Adam on the wanted terms; the student in eval mode afterwards."""
+    optimizer = torch.optim.Adam(student.parameters(), lr=0.01)
+    for step in range(steps):
+        terms = method.objectives(batch, step_context(student, teacher, step=step, steps=steps))
+        optimizer.zero_grad()
+        published_total({title: term for title, term in terms.items() if wanted in ("all", title)}).backward()
+        optimizer.step()
+        if teacher is not None and not isinstance(teacher, Right):
+            teacher.load_state_dict(student.state_dict())
+    return student.eval()
+
+
+def accuracy(student, images_B3HW, label_BHW):
+    with torch.no_grad():
+        return (student(images_B3HW).logits_BKHW.argmax(dim=1) == label_BHW).float().mean().item()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_it_learns_a_few_images(name):
+    batch, _ = colour_batch()
+    method, student, teacher = build(name, {})
+    assert accuracy(student.eval(), batch.image_L3HW, batch.label_LHW) < 0.6
+    learn(method, student.train(), teacher, batch, "all", 80)
+    assert accuracy(student, batch.image_L3HW, batch.label_LHW) > 0.95
+
+
+@pytest.mark.slow
+def test_consistency_alone_teaches_what_a_right_teacher_knows():
+    """Frozen BatchNorm: its statistics would come from the labeled images too, which this term does not teach."""
+    batch, truth_UHW = colour_batch()
+    method, student, _ = build("fixmatch", {}, frozen=True)
+    assert accuracy(student, batch.weak_U3HW, truth_UHW) < 0.6
+    learn(method, student, Right(truth_UHW), batch, "consistency", 80)
+    assert accuracy(student, batch.weak_U3HW, truth_UHW) > 0.9
