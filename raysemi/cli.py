@@ -5,6 +5,7 @@ Only typer is imported here at once: torch and the like come with the command th
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import sys
@@ -14,11 +15,13 @@ from typing import Annotated, Any
 import typer
 
 from raysemi import __version__
-from raysemi.errors import CheckpointError, ConfigError, DataError, RaysemiError
+from raysemi.errors import CheckpointError, ConfigError, DataError, DataFailure, RaysemiError
 from raysemi.launch.terminal import Bar, is_first_rank, log_to_stderr, print_results, print_table, train_with_progress
 
 MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130
 """Exit codes: the user's mistake, a failure, Ctrl-C."""
+GOES_ON = {"pack", "train", "demo"}
+"""Commands that keep what was finished when Ctrl-C came; every other one begins anew."""
 
 
 class _Commands(typer.core.TyperGroup):
@@ -32,15 +35,25 @@ class _Commands(typer.core.TyperGroup):
                 typer.secho(f"error: {line}", err=True, fg="red" if sys.stderr.isatty() else None)
             raise typer.Exit(exit_code(error)) from error
         except KeyboardInterrupt as error:
-            typer.echo(f"\nstopped. {error or 'The same command goes on with what is finished.'}", err=True)
+            next_time = "goes on with what is finished" if ctx.invoked_subcommand in GOES_ON else "begins anew"
+            typer.echo(f"\nstopped. {str(error) or f'The same command {next_time}.'}", err=True)
             raise typer.Exit(INTERRUPTED) from error
 
 
 def exit_code(error: RaysemiError) -> int:
     """2 for what the user can set right, 1 for what failed around it (a full disk, a dead worker)."""
     from_system = isinstance(error, CheckpointError) and isinstance(error.__cause__, OSError)
-    mistake = isinstance(error, ConfigError | DataError | CheckpointError) and not from_system
+    failure = isinstance(error, DataFailure) or from_system or _for_want_of_room(error)
+    mistake = isinstance(error, ConfigError | DataError | CheckpointError) and not failure
     return MISTAKE if mistake else FAILURE
+
+
+def _for_want_of_room(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__
+    return False
 
 
 app = typer.Typer(
@@ -230,7 +243,8 @@ def predict(
     which: Any = "best" if best else "last"
     with Bar("images") as bar:
         done = api.predict(run, images=images, pool=pool, out=out, overrides=overrides or [], which=which, progress=bar)
-    typer.echo(f"{done} images: {out / 'labels'}, {out / 'overlays'}")
+    if is_first_rank():
+        typer.echo(f"{done} images: {out / 'labels'}, {out / 'overlays'}")
 
 
 @app.command()

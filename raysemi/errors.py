@@ -28,5 +28,9 @@ class DataError(RaysemiError, ValueError):
     """A pool, a shard or a source file is wrong; the text names the file, the shard and the key."""
 
 
+class DataFailure(DataError):
+    """Writing a pool failed for what is no mistake in it (no room on the disk, a killed process)."""
+
+
 class CheckpointError(RaysemiError, RuntimeError):
     """A checkpoint or a run folder is broken, or does not belong to this run."""

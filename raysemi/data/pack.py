@@ -23,7 +23,7 @@ from raysemi.data.pool import FORMAT_VERSION, INDEX_FILE, POOL_FILE, Pool, write
 from raysemi.data.shard import PARTS, Entry, ShardPlan, Stat, fingerprint, read_part, write_shard
 from raysemi.data.sources import Source
 from raysemi.data.workers import run_tasks
-from raysemi.errors import ConfigError, DataError
+from raysemi.errors import ConfigError, DataError, DataFailure
 
 SHARD_SAMPLES = 256
 """Samples a shard: a pool of 10,000 images then spans more shards than the mixing window of the order needs."""
@@ -205,7 +205,7 @@ def _check_space(plans: Sequence[PoolPlan], stats: Mapping[Path, Stat]) -> None:
     needed = sum(stats[entry.item.image][0] for shard in missing for entry in shard.entries if entry.item.image)
     free = shutil.disk_usage(plans[0].folder).free if plans else needed
     if needed > free:
-        raise DataError(
+        raise DataFailure(
             f"the disk of {plans[0].folder.parent} must have room for {needed / 1e9:.1f} GB; got {free / 1e9:.1f} GB. "
             f"Free some space or choose another --out."
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -270,6 +271,9 @@ def write_index(
         classes: class names, position = value in the masks.
         palette: RGB of each class.
         made: how the pool was made, for people.
+
+    Raises:
+        DataError: no room or no permission; the cause is the system's error.
     """
     sink = pa.BufferOutputStream()
     pq.write_table(
@@ -293,10 +297,18 @@ def write_index(
 def _write(filesystem: fs.FileSystem, name: str, content: bytes) -> None:
     # object stores show a file only when it is complete; elsewhere a rename does that
     beside = f"{name}.part" if isinstance(filesystem, fs.LocalFileSystem) else name
-    with filesystem.open_output_stream(beside) as stream:
-        stream.write(content)
-    if beside != name:
-        filesystem.move(beside, name)
+    try:
+        with filesystem.open_output_stream(beside) as stream:
+            stream.write(content)
+        if beside != name:
+            filesystem.move(beside, name)
+    except OSError as error:
+        if beside != name:
+            with suppress(OSError):
+                Path(beside).unlink(missing_ok=True)
+        raise DataError(
+            f"{name} must be writable; got {error}. Free space or get leave to write, run it again."
+        ) from error
 
 
 def file_sha256(file: pa.NativeFile) -> tuple[int, str]:

@@ -23,7 +23,7 @@ from PIL import Image
 
 from raysemi.data.pool import IMAGE_SUFFIXES, MASK_SUFFIX, NOT_ANNOTATED, Shard, file_sha256
 from raysemi.data.sources import Item, Source
-from raysemi.errors import DataError
+from raysemi.errors import DataError, DataFailure
 
 PARTS = ".parts"
 _EXIF_ORIENTATION = 0x0112
@@ -74,7 +74,7 @@ def write_shard(source: Source, plan: ShardPlan) -> ShardDone:
         The shard's samples; with faults, each naming its key, nothing is written.
 
     Raises:
-        DataError: the shard cannot be stored, for example because the disk is full.
+        DataError: the shard cannot be stored; a DataFailure because the disk is full.
     """
     if _finished(plan):
         return ShardDone(len(plan.entries))
@@ -111,7 +111,7 @@ def write_shard(source: Source, plan: ShardPlan) -> ShardDone:
         _replace(plan.part, json.dumps(part).encode())
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DataError(
+            raise DataFailure(  # a kind of its own: the cause stays behind when an error leaves a worker process
                 f"the disk of {plan.path.parent} must have room for {plan.path.name}; got {error.strerror}. Free some "
                 f"space and run the same command again: finished shards stay."
             ) from error

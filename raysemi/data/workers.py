@@ -10,7 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
-from raysemi.errors import DataError
+from raysemi.errors import DataFailure
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -33,7 +33,7 @@ def run_tasks(
         preload: modules that `work` needs; imported once for all processes.
 
     Raises:
-        DataError: a process was killed; also whatever `work` raises. Closing the generator, or an error, lets the
+        DataFailure: a process was killed; also whatever `work` raises. Closing the generator, or an error, lets the
             tasks that are running end and starts no others.
     """
     processes = min(processes or usable_cores(), len(tasks))
@@ -55,7 +55,7 @@ def run_tasks(
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 yield running.pop(future), future.result()
     except BrokenProcessPool as error:
-        raise DataError(
+        raise DataFailure(
             "a process must live until its shard is done; got one that was killed, often for lack of memory. Run the "
             "same command again with fewer --processes: finished shards stay."
         ) from error
