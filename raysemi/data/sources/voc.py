@@ -6,7 +6,7 @@
     SBD: cls/ID.mat (`GTcls.Segmentation`), in ROOT/SBD, ROOT/benchmark_RELEASE or where `sbd` says
 
 The train part is, in this order: `ROOT/splits/train.txt`; with augmented masks, every image that has one and is not in
-val, which must be the 10,582 of the papers; `ImageSets/Segmentation/train.txt`.
+val; `ImageSets/Segmentation/train.txt`. With augmented masks it must be the 10,582 of the papers, listed or not.
 
 Source: Everingham et al. 2010, "The Pascal Visual Object Classes Challenge"; Hariharan et al. 2011, "Semantic contours
 from inverse detectors" (SBD). Where both give a mask, VOC's own is taken: its object borders are 255.
@@ -91,10 +91,9 @@ class Voc(FileSource):
 
     def _train(self, masks: dict[str, Path]) -> list[str]:
         augmented = self._cls is not None or (self.root / "SegmentationClassAug").is_dir() or len(masks) > _PLAIN_MASKS
-        if (self.root / "splits" / "train.txt").is_file() or not augmented:
-            return self._list("train")
-        ids = sorted(masks.keys() - set(self._list("val")))
-        if self._check:
+        given = (self.root / "splits" / "train.txt").is_file() or not augmented
+        ids = self._list("train") if given else sorted(masks.keys() - set(self._list("val")))
+        if augmented and self._check:
             check_augmented(ids, self.root)
         return ids
 

@@ -80,6 +80,21 @@ def test_augmented_mask_folder_is_used_and_checked(root):
     assert [item.key for item in items] == ["2007_01", "2008_04"]
 
 
+@pytest.mark.parametrize("masks", ["SegmentationClassAug", "SBD"])
+def test_a_given_train_list_is_checked_too_where_augmented_masks_are(root, masks):
+    voc = root / "VOCdevkit/VOC2012"
+    if masks == "SBD":
+        put_sbd(root / "SBD/cls", ["2008_03"])
+    else:
+        palette_png(voc / "SegmentationClassAug/2008_03.png", [[5, 5, 0]])
+    (voc / "splits").mkdir()
+    (voc / "splits/train.txt").write_text("2007_01\n2008_03\n2008_04\n")
+    with pytest.raises(DataError, match=r"must have 10582 images.*got 3"):
+        open_source("voc", root).items("train")
+    items = open_source("voc", root, check=False).items("train")
+    assert {item.key: item.has_mask for item in items} == {"2007_01": True, "2008_03": True, "2008_04": False}
+
+
 def test_as_many_other_ids_are_not_the_augmented_list(tmp_path):
     with pytest.raises(DataError, match="as many others"):
         check_augmented((f"{number:05d}" for number in range(10_582)), tmp_path)
