@@ -162,12 +162,19 @@ class Pool:
         """The whole index, one row a sample.
 
         Raises:
-            DataError: it is missing, broken, or does not belong to this `pool.json`.
+            DataError: it is missing, broken, or not the one that was written with this `pool.json`.
         """
         name = f"{self.folder}/{INDEX_FILE}"
         try:
             with self.filesystem.open_input_file(name) as file:
-                table = pq.read_table(file, read_dictionary=["shard"])
+                content = file.read_buffer()  # whole: every column is needed, and its digest
+            # A stale index may list the same shards, and its offsets would point into other bytes.
+            if hashlib.sha256(content).hexdigest() != self._index_sha256:
+                raise DataError(
+                    f"{self.path}/{INDEX_FILE} must be the one that was written with {POOL_FILE}; got another. Copy "
+                    f"both from one place, or pack the pool again (shards of others: `raysemi index`)."
+                )
+            table = pq.read_table(pa.BufferReader(content), read_dictionary=["shard"])
             table = table.select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA).unify_dictionaries().combine_chunks()
         except (OSError, pa.ArrowException, KeyError) as error:
             raise DataError(f"{self.path}/{INDEX_FILE} must be a readable index; got {error}. {_AGAIN}") from error

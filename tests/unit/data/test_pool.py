@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import pickle
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from pyarrow import fs
@@ -130,7 +133,9 @@ def test_verify_names_every_damaged_file(pool_path):
         (lambda path: (path / "pool.json").write_text('{"format": 99}'), "must have format 1; got 99"),
         (lambda path: (path / "pool.json").write_text('{"format": 1}'), "must hold all fields"),
         (lambda path: (path / "index.parquet").unlink(), "readable index"),
-        (lambda path: (path / "index.parquet").write_bytes(b"PAR1"), "readable index"),
+        (lambda path: (path / "index.parquet").write_bytes(b"PAR1"), "must be the one that was written with pool.json"),
+        (lambda path: rewrite(path, b"PAR1"), "readable index"),
+        (lambda path: (path / "pool.json").write_text(EMPTY), "must hold samples; got an empty one"),
         (lambda path: swap(path, "samples", 4), "must have 5 rows; got 4"),
         (lambda path: swap(path, "name", "../secret.tar"), "inside the pool"),
         (lambda path: swap(path, "name", "other.tar"), "list the shards"),
@@ -142,6 +147,19 @@ def test_broken_pools_are_told(pool_path, change, text):
         Pool.open(pool_path).row(0)
 
 
+EMPTY = json.dumps(
+    {"format": 1, "classes": ["a"], "palette": [[1, 2, 3]], "masks": 0, "shards": [], "index_sha256": "", "made": {}}
+)
+
+
+def rewrite(path, content):
+    """Another index, which `pool.json` promises."""
+    (path / "index.parquet").write_bytes(content)
+    pool = json.loads((path / "pool.json").read_text())
+    pool["index_sha256"] = hashlib.sha256(content).hexdigest()
+    (path / "pool.json").write_text(json.dumps(pool))
+
+
 def swap(path, field, value):
     content = json.loads((path / "pool.json").read_text())
     content["shards"][0][field] = value
@@ -149,10 +167,19 @@ def swap(path, field, value):
 
 
 def test_an_index_of_another_pool_is_refused(pool_path):
-    other = pool_path.parent / "labeled/index.parquet"
-    (pool_path / "index.parquet").write_bytes(other.read_bytes())
+    rewrite(pool_path, (pool_path.parent / "labeled/index.parquet").read_bytes())
     with pytest.raises(DataError, match="must have 4 rows; got 1"):
         _ = Pool.open(pool_path).index
+
+
+def test_a_stale_index_of_the_same_shards_is_refused(pool_path):
+    """Same shards, same rows: only an offset differs, and would be read as another image's bytes."""
+    table = Pool.open(pool_path).index
+    column = table.schema.get_field_index("image_offset")
+    moved = table.set_column(column, "image_offset", pc.add(table.column(column), 512))
+    pq.write_table(moved, pool_path / "index.parquet")
+    with pytest.raises(DataError, match=r"must be the one that was written with pool\.json.*raysemi index"):
+        Pool.open(pool_path).row(0)
 
 
 @pytest.mark.parametrize("name", ["pipe:cat x.tar", "/etc/x.tar", "a/../../x.tar", "x.zip", "", "s3://b/x.tar"])
