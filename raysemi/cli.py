@@ -136,6 +136,10 @@ def pack(
             progress=bar,
         )
     for name, pool in made.items():
+        if name == "labeled" and "list" in pool.made:
+            typer.echo(f"labeled images: those of the list {pool.made['list']}")
+        elif name == "labeled" and "drawn" in pool.made:
+            typer.echo(f"labeled images: {pool.made['drawn']} drawn at random, seed {pool.made['seed']}")
         typer.echo(f"{name}: {pool.num_samples} images, {len(pool.shards)} shards, {pool.path}")
 
 

@@ -22,6 +22,7 @@ from raysemi.data.choose import POOLS, choose_entries, file_stats, raise_faults,
 from raysemi.data.pool import FORMAT_VERSION, INDEX_FILE, POOL_FILE, Pool, write_index
 from raysemi.data.shard import PARTS, Entry, ShardPlan, Stat, fingerprint, read_part, write_shard
 from raysemi.data.sources import Source
+from raysemi.data.splits import split_origin
 from raysemi.data.workers import run_tasks
 from raysemi.errors import ConfigError, DataError, DataFailure
 
@@ -126,8 +127,7 @@ def pack(
     raise_faults([text for _, texts in sorted(faults) for text in texts], more)
 
     made: dict[str, Any] = {"source": type(source).__name__.lower()}
-    if split is not None:
-        made |= {"split": Path(str(split)).stem} | ({"seed": seed} if str(split).isdecimal() else {})
+    made |= split_origin(split, root=source.root, seed=seed)
     if recipe := getattr(source, "recipe", None):
         made["recipe"] = recipe
     for plan in open_plans:

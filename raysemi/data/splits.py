@@ -42,6 +42,25 @@ def labeled_keys(
     raise DataError(f"--split must be a name, a file or a number; got {split!r}, and {known}. Choose one of these.")
 
 
+def split_origin(split: str | int | None, *, root: Path | None, seed: int = 0) -> dict[str, str | int]:
+    """Where `labeled_keys` takes the labeled images from, for `pool.json`: a number may also be the name of a list.
+
+    Args:
+        split, root, seed: as for `labeled_keys`.
+
+    Returns:
+        split, and list (its file, below the root where it lies there) or drawn (how many images) with seed; nothing
+        without a split.
+    """
+    if split is None:
+        return {}
+    listing = _list_file(str(split), root)
+    if listing is None:
+        return {"split": str(split), "drawn": int(split), "seed": seed}
+    below = root is not None and listing.is_relative_to(root)
+    return {"split": Path(str(split)).stem, "list": listing.relative_to(root).as_posix() if below else listing.name}  # type: ignore[arg-type]
+
+
 def _list_file(split: str, root: Path | None) -> Path | None:
     given = Path(split).expanduser()
     candidates = [given, given / "labeled.txt"]

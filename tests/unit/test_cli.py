@@ -193,7 +193,7 @@ def test_pack_verify_and_index(tmp_path: Path) -> None:
     out = tmp_path / "pools"
     result = call("pack", "scenes", "train=6", "val=2", "size=40", "--split", 2, "--out", out, "--processes", 1)
     assert result.exit_code == 0, result.output
-    assert "labeled: 2 images, 1 shards" in result.stdout
+    assert "labeled images: 2 drawn at random, seed 0\nlabeled: 2 images, 1 shards" in result.stdout
     assert "unlabeled: 4 images" in result.stdout
     assert call("verify", out / "val").exit_code == 0
     shard = next((out / "val").glob("*.tar"))
@@ -212,6 +212,20 @@ def test_pack_verify_and_index(tmp_path: Path) -> None:
     indexed = call("index", foreign, "--classes", tmp_path / "classes.txt", "--processes", 1)
     assert indexed.exit_code == 0, indexed.output
     assert "2 images" in indexed.stdout
+
+
+def test_pack_says_that_a_list_was_used(tmp_path: Path) -> None:
+    for number, part in enumerate(("train", "train", "train", "val")):
+        for kind, mode in (("images", "RGB"), ("labels", "L")):
+            path = tmp_path / f"{kind}/{part}/{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new(mode, (5 + number, 4)).save(path)
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    (tmp_path / "splits").mkdir()
+    (tmp_path / "splits/2.txt").write_text("0\n")
+    result = call("pack", "folder", "--root", tmp_path, "--split", 2, "--out", tmp_path / "pools", "--processes", 1)
+    assert result.exit_code == 0, result.output
+    assert "labeled images: those of the list splits/2.txt\nlabeled: 1 images" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,21 @@ def test_a_killed_pack_goes_on_and_a_shard_with_lost_bytes_is_written_again(root
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
+def test_pool_json_says_whether_a_list_or_a_draw_chose(root, tmp_path):
+    drawn = run(root, tmp_path / "drawn", split="3", seed=7)["labeled"]
+    (root / "splits").mkdir()
+    (root / "splits/3.txt").write_text("a/00\nb/01\na/04\n")
+    listed = run(root, tmp_path / "listed", split="3", seed=7)["labeled"]
+    assert {name: value for name, value in drawn.made.items() if name != "plan"} == {
+        "source": "folder", "split": "3", "drawn": 3, "seed": 7,
+    }  # fmt: skip
+    assert {name: value for name, value in listed.made.items() if name != "plan"} == {
+        "source": "folder", "split": "3", "list": "splits/3.txt",
+    }  # fmt: skip
+    assert listed.index.column("key").to_pylist() == ["a/00", "a/04", "b/01"]
+    assert drawn.digest != listed.digest
+
+
 def test_a_finished_pool_is_kept_and_another_one_is_not_overwritten(root, tmp_path):
     run(root, tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from raysemi.data.sources import Item
-from raysemi.data.splits import labeled_keys
+from raysemi.data.splits import labeled_keys, split_origin
 from raysemi.errors import DataError
 
 
@@ -85,3 +85,17 @@ def test_wrong_splits_are_told(root, split, text):
 def test_a_source_without_a_folder_takes_numbers(root):
     with pytest.raises(DataError, match="no list in splits/"):
         labeled_keys("1_8", items(root), root=None)
+
+
+def test_where_the_labeled_images_come_from_is_told(root):
+    (root / "splits/92.txt").write_text("town/03\n")
+    (root / "splits/1_8/labeled.txt").write_text("town/05")
+    elsewhere = root / "elsewhere/ids.lst"
+    elsewhere.parent.mkdir()
+    elsewhere.write_text("town/05")
+    assert split_origin("92", root=root, seed=3) == {"split": "92", "list": "splits/92.txt"}
+    assert split_origin("1_8", root=root) == {"split": "1_8", "list": "splits/1_8/labeled.txt"}
+    assert split_origin(str(elsewhere), root=root / "splits") == {"split": "ids", "list": "ids.lst"}
+    assert split_origin("93", root=root, seed=3) == {"split": "93", "drawn": 93, "seed": 3}
+    assert split_origin(92, root=None) == {"split": "92", "drawn": 92, "seed": 0}
+    assert split_origin(None, root=root) == {}
