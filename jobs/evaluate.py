@@ -1,4 +1,8 @@
-"""`ray job submit -- python jobs/evaluate.py ...`: the same as `raysemi evaluate ...`, on the job's cluster."""
+"""`ray job submit -- python jobs/evaluate.py ...`: the same as `raysemi evaluate ...`, in the job's own process.
+
+Ray gives that process a GPU only when asked: `--entrypoint-num-gpus 1`. Several ranks of one machine, each with its
+part of the images: `ray job submit --entrypoint-num-gpus 4 -- torchrun --nproc-per-node 4 jobs/evaluate.py ...`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`ray job submit -- python jobs/pack.py ...`: the same as `raysemi pack ...`, on the job's cluster."""
+"""`ray job submit -- python jobs/pack.py ...`: the same as `raysemi pack ...`, in the job's own process.
+
+It starts `--processes` more, all on the machine that the job runs on.
+"""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from raysemi.engine.evaluate import evaluate as measure
 from raysemi.engine.folder import RunFolder
 from raysemi.engine.predict import predict_folder, predict_pool
 from raysemi.engine.trainer import resolve_precision
-from raysemi.errors import CheckpointError, ConfigError
+from raysemi.errors import CheckpointError, ConfigError, DataError
 from raysemi.launch.restore import load_network, open_pool
 from raysemi.launch.train import launch
 from raysemi.models.segmentor import Segmentor
@@ -96,7 +96,7 @@ def evaluate(
         pool: labeled pool; default: the run's `data.val`.
         overrides: `eval.*=value` in place of the run's own.
         which: the `last` checkpoint, or the `best` on validation.
-        progress: told (images done, images in all).
+        progress: told (images done, images in all) of this rank.
 
     Returns:
         The fields of `result.json`, for this pool.
@@ -117,6 +117,7 @@ def evaluate(
     precision = resolve_precision(config.train, device)
     network = trained.network.to(device)
     matrix_KK = measure(network, labeled, config.eval, across, device, precision=precision, progress=progress)
+    distributed.leave_at_exit()
     folder = RunFolder(run)
     of_run = json.loads(folder.read_bytes("result.json")) if folder.exists("result.json") else {}
     per_class = zip(trained.classes, iou(matrix_KK), strict=True)
@@ -140,19 +141,21 @@ def predict(
     which: Which = "last",
     progress: Progress | None = None,
 ) -> int:
-    """Writes an index mask and a colour overlay of every image, at its own size.
+    """Writes an index mask and a colour overlay of every image, at its own size, in the colours of the run.
+
+    Under torchrun the images are spread over the ranks, and each of them writes its part below `out`.
 
     Args:
         run: run folder, local or URL.
         images: folder with image files, searched with its subfolders; or
-        pool: a pool, labeled or not.
+        pool: a pool, labeled or not; its classes, where it names any, are the run's.
         out: folder for `labels/` and `overlays/`.
         overrides: `eval.*=value` in place of the run's own.
         which: the `last` checkpoint, or the `best` on validation.
-        progress: told (images done, images in all).
+        progress: told (images done, images in all) of this rank.
 
     Returns:
-        Number of images.
+        Number of images, of all ranks.
 
     Raises:
         ConfigError, DataError, CheckpointError: one line each.
@@ -162,15 +165,23 @@ def predict(
     opened = open_pool(str(pool), "pool") if pool is not None else None
     trained = load_network(run, which)
     config = _with_eval(trained.config, overrides).eval
+    if opened is not None and opened.classes and opened.classes != trained.classes:
+        raise DataError(
+            f"pool must name no classes or those of {run} ({', '.join(trained.classes)}); got {opened.path} with "
+            f"{', '.join(opened.classes)}. Give another pool, or --images with a folder."
+        )
+    across = distributed.join()
     device = distributed.local_device()
     precision = resolve_precision(trained.config.train, device)
-    network = trained.network.to(device)
+    network, palette = trained.network.to(device), trained.palette
+    how: dict[str, Any] = {"device": device, "precision": precision, "across": across, "progress": progress}
     if opened is not None:
-        return predict_pool(network, opened, out, config, device=device, precision=precision, progress=progress)
-    assert images is not None  # one of the two was given
-    return predict_folder(
-        network, images, out, trained.palette, config, device=device, precision=precision, progress=progress
-    )
+        done = predict_pool(network, opened, out, palette, config, **how)
+    else:
+        assert images is not None  # one of the two was given
+        done = predict_folder(network, images, out, palette, config, **how)
+    distributed.leave_at_exit()
+    return done
 
 
 def _with_eval(config: RunConfig, overrides: Sequence[str]) -> RunConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from datetime import timedelta
 
@@ -62,19 +63,28 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+def leave_at_exit() -> None:
+    """Leaves the process group when this process ends: torchrun's ranks cannot join a second time.
+
+    For the end of work that went well: after an error on one rank alone, leaving could wait for the others.
+    """
+    if dist.is_initialized():
+        atexit.register(leave)
+
+
 def barrier(across: AcrossRanks) -> None:
     """Waits until every rank is here."""
     if across.world > 1:
         dist.barrier()
 
 
-def same_on_all_ranks(text: str, across: AcrossRanks) -> str:
-    """Rank 0's text, on every rank."""
+def gather(texts: list[str], across: AcrossRanks) -> list[str]:
+    """The texts of all ranks, by rank, on every rank; all ranks must call it, and none returns before all have."""
     if across.world == 1:
-        return text
-    box = [text]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+        return texts
+    parts: list[list[str]] = [[] for _ in range(across.world)]
+    dist.all_gather_object(parts, texts)
+    return [text for part in parts for text in part]
 
 
 def local_device(accelerator: bool = True) -> torch.device:

@@ -21,8 +21,10 @@ from PIL import Image
 
 from raysemi.data.pool import Pool
 from raysemi.data.reader import Reader
+from raysemi.engine import distributed
 from raysemi.engine.evaluate import EvalConfig, image_tensor, inference, predict_labels, read_ahead
 from raysemi.errors import ConfigError, DataError
+from raysemi.methods.base import AcrossRanks, SingleRank
 from raysemi.models.segmentor import Segmentor
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -55,9 +57,12 @@ def predict_folder(
     *,
     device: torch.device,
     precision: torch.dtype = torch.float32,
+    across: AcrossRanks | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Predicts every image file below a folder. Unreadable images are left out and named in an error at the end.
+
+    Each rank writes the files of every world-th image; all ranks must call it, and it ends on all at once.
 
     Args:
         network: on the device; its modes are restored afterwards.
@@ -67,15 +72,16 @@ def predict_folder(
         config: `eval.*`; mode `original` or `sliding_window`.
         device: where the network is.
         precision: autocast type; float32 = no autocast.
-        progress: told (images done, images in all).
+        across: the ranks; None = this process alone.
+        progress: told (images done, images in all) of this rank.
 
     Returns:
-        Number of images predicted.
+        Number of images predicted, by all ranks.
 
     Raises:
         ConfigError: the mode leaves pixels out, or `out_dir` lies inside `images_dir`.
         DataError: no image there, two images of one name (before anything is written); unreadable images or a full
-            disk (what is written by then stays).
+            disk, on whatever rank (what is written by then stays).
     """
     images, out = Path(images_dir), Path(out_dir)
     if not images.is_dir():
@@ -94,20 +100,22 @@ def predict_folder(
                 f"images must differ in more than the suffix; got {of_name[name]} and {file}. Rename one of them."
             )
         items[name], of_name[name] = _Item(name, lambda file=file: read_image(file)), file  # type: ignore[misc]
-    return _predict(network, list(items.values()), out, palette, config, device, precision, progress)
+    return _predict(network, list(items.values()), out, palette, config, device, precision, across, progress)
 
 
 def predict_pool(
     network: Segmentor,
     pool: Pool,
     out_dir: str | Path,
+    palette: Palette,
     config: EvalConfig,
     *,
     device: torch.device,
     precision: torch.dtype = torch.float32,
+    across: AcrossRanks | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Predicts every image of a pool, in the colours of its palette; see `predict_folder`.
+    """Predicts every image of a pool; see `predict_folder`. The pool's own classes and palette are not read.
 
     Raises:
         ConfigError: the mode leaves pixels out.
@@ -123,7 +131,7 @@ def predict_pool(
                 f"{pool.path}: keys must be paths below a folder; got {key!r}. Pack the pool again from trusted files."
             )
         items.append(_Item(key, lambda row=row: reader.image(row)))  # type: ignore[misc]
-    return _predict(network, items, Path(out_dir), pool.palette, config, device, precision, progress)
+    return _predict(network, items, Path(out_dir), palette, config, device, precision, across, progress)
 
 
 def read_image(file: Path) -> Picture:
@@ -172,18 +180,52 @@ def _predict(
     config: EvalConfig,
     device: torch.device,
     precision: torch.dtype,
+    across: AcrossRanks | None,
     progress: Callable[[int, int], None] | None,
 ) -> int:
     if config.mode == "center_crop":
         raise ConfigError(
             "eval.mode must be original or sliding_window to predict; got center_crop. Set eval.mode=original."
         )
-    faults: list[DataError] = []
+    across = across or SingleRank()
+    faults: list[str] = []
+    failure: DataError | None = None
+    try:
+        mine = items[across.rank :: across.world]
+        _own_share(network, mine, out, palette, config, device, precision, faults, progress)
+    except DataError as error:
+        failure = error  # the other ranks wait below: they are told there
+    failed = distributed.gather([str(failure)] if failure else [], across)
+    faults = distributed.gather(faults, across)
+    if failed:
+        raise failure or DataError(failed[0])
+    if faults:
+        named = "\n".join(faults[:_NAMED])
+        more = f"\n... and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
+        raise DataError(
+            f"all {len(items)} images must be readable; got {len(faults)} that are not, the other "
+            f"{len(items) - len(faults)} are in {out}.\n{named}{more}"
+        )
+    return len(items)
+
+
+def _own_share(
+    network: Segmentor,
+    items: Sequence[_Item],
+    out: Path,
+    palette: Palette,
+    config: EvalConfig,
+    device: torch.device,
+    precision: torch.dtype,
+    faults: list[str],
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Writes this rank's files; adds to `faults` what cannot be read."""
     done = 0
     with inference(network, device, precision):
         for batch in _same_size(read_ahead(_load, items), config.batch):
             pictures = [loaded.image_HW3 for loaded in batch if loaded.image_HW3 is not None]
-            faults += [loaded.fault for loaded in batch if loaded.fault is not None]
+            faults += [str(loaded.fault) for loaded in batch if loaded.fault is not None]
             if pictures:
                 labels_BHW = predict_labels(network, image_tensor(pictures, device), config).cpu().numpy()
                 for loaded, picture, labels_HW in zip(batch, pictures, labels_BHW, strict=True):
@@ -193,14 +235,6 @@ def _predict(
             done += len(batch)
             if progress is not None:
                 progress(done, len(items))
-    if faults:
-        named = "\n".join(str(fault) for fault in faults[:_NAMED])
-        more = f"\n... and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
-        raise DataError(
-            f"all {len(items)} images must be readable; got {len(faults)} that are not, the other "
-            f"{len(items) - len(faults)} are in {out}.\n{named}{more}"
-        )
-    return len(items)
 
 
 def _load(item: _Item) -> _Loaded:

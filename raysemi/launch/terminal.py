@@ -162,7 +162,7 @@ def numbers(metrics: dict[str, float]) -> str:
 
 
 class Bar:
-    """A bar for work of known size: call it with (done, in all).
+    """A bar for work of known size: call it with (done, in all). Ranks other than 0 under torchrun show nothing.
 
     Args:
         what: what is counted, such as `images`.
@@ -174,7 +174,7 @@ class Bar:
         self._start = self._shown = time.monotonic()
 
     def __enter__(self) -> Bar:
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and is_first_rank():
             from rich import progress
 
             columns = (progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeRemainingColumn())
@@ -191,6 +191,8 @@ class Bar:
 
     def __call__(self, done: int, total: int) -> None:
         """Shows how far the work is."""
+        if not is_first_rank():
+            return
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=total)
             return

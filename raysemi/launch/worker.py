@@ -52,7 +52,9 @@ def run(config: RunConfig, on_log: OnLog | None = None) -> dict[str, Any]:
     check_world(config, across.world)
     resolve_strategy(config.train.strategy, across.world)
     use_gpu = config.ray == "none" or config.ray.use_gpu is not False
-    return _Run(config, across, distributed.local_device(accelerator=use_gpu), on_log).go()
+    result = _Run(config, across, distributed.local_device(accelerator=use_gpu), on_log).go()
+    distributed.leave_at_exit()
+    return result
 
 
 class _Run:

@@ -175,10 +175,12 @@ def make_pool(root: Path) -> Pool:
 
 def test_a_pool_is_predicted_by_key(network: Segmentor, tmp_path: Path) -> None:
     pool = make_pool(tmp_path / "source")
-    assert predict_pool(network, pool, tmp_path / "out", EvalConfig(), device=CPU) == 2
+    assert predict_pool(network, pool, tmp_path / "out", PALETTE, EvalConfig(), device=CPU) == 2
     assert outputs(tmp_path / "out") == {
         f"{kind}/{key}.png" for kind in ("labels", "overlays") for key in ("city/x", "y")
     }
+    with Image.open(tmp_path / "out" / "labels" / "y.png") as label:  # the caller's colours, not the pool's
+        assert label.getpalette()[:12] == [value for colour in PALETTE for value in colour]
 
 
 @pytest.mark.parametrize("key", ["../x", "/etc/x", "a/../../x", "a//x", "..\\x"])
@@ -188,5 +190,5 @@ def test_keys_of_foreign_pools_cannot_leave_the_output(
     pool = make_pool(tmp_path / "source")
     monkeypatch.setattr(Pool, "key", lambda self, i: key)
     with pytest.raises(DataError, match="keys must be paths below a folder; got"):
-        predict_pool(network, pool, tmp_path / "out" / "deep", EvalConfig(), device=CPU)
+        predict_pool(network, pool, tmp_path / "out" / "deep", PALETTE, EvalConfig(), device=CPU)
     assert not (tmp_path / "out").exists()
