@@ -181,7 +181,7 @@ def plan(
     stop: Annotated[int, typer.Option(min=0, help="Step after the last.")] = 10,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
 ) -> None:
-    """Print the keys that a rank reads, a line a step."""
+    """Print the keys that a rank reads, a line a step, separated by tabs (a key may hold spaces, never a tab)."""
     from raysemi.data.order import Order
     from raysemi.data.pool import Pool
 
@@ -191,7 +191,7 @@ def plan(
     order = Order(opened.shard_rows, opened.digest, seed, batch)
     for step in range(start, stop):
         rows, _ = order.slots(step, rank * share, (rank + 1) * share)
-        typer.echo(" ".join(opened.key(int(row)) for row in rows))
+        typer.echo("\t".join(opened.key(int(row)) for row in rows))
 
 
 @app.command()

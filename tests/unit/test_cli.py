@@ -170,17 +170,40 @@ def test_no_run_and_no_checkpoint(tmp_path: Path, trained: Path) -> None:
     assert "must hold a whole checkpoint; got none" in call("predict", tmp_path, "--out", "x", "--images", "y").output
 
 
-def test_plan_is_split_over_ranks(scenes: Path) -> None:
-    def keys(*options: object) -> list[list[str]]:
-        result = call("plan", scenes / "unlabeled", "--batch", 4, "--start", 3, "--stop", 9, *options)
-        assert result.exit_code == 0
-        return [line.split() for line in result.stdout.splitlines()]
+def plan(pool: Path, *options: object) -> list[list[str]]:
+    result = call("plan", pool, *options)
+    assert result.exit_code == 0, result.output
+    return [line.split("\t") for line in result.stdout.splitlines()]
 
-    whole = keys()
-    assert [len(line) for line in whole] == [4] * 6
-    halves = [keys("--world", 2, "--rank", rank) for rank in (0, 1)]
-    assert [a + b for a, b in zip(*halves, strict=True)] == whole
-    assert keys("--seed", 1) != whole
+
+def test_plan_is_the_same_on_any_number_of_ranks_from_any_start(scenes: Path) -> None:
+    """16 samples in batches of 4: step 4 begins the second pass."""
+    pool = scenes / "unlabeled"
+    whole = plan(pool, "--batch", 4, "--stop", 12)
+    assert [len(line) for line in whole] == [4] * 12
+    for start in (0, 4, 8):
+        assert len({key for line in whole[start : start + 4] for key in line}) == 16
+    assert whole[:4] != whole[4:8]
+    for world in (1, 2, 4):
+        for start in (0, 3, 11):
+            options = ("--batch", 4, "--world", world, "--start", start, "--stop", 12)
+            shares = [plan(pool, *options, "--rank", rank) for rank in range(world)]
+            joined = [[key for share in parts for key in share] for parts in zip(*shares, strict=True)]
+            assert joined == whole[start:]
+    assert plan(pool, "--batch", 4, "--stop", 12, "--seed", 1) != whole
+
+
+def test_plan_tells_keys_with_spaces_apart(tmp_path: Path) -> None:
+    for kind, mode in (("images", "RGB"), ("labels", "L")):
+        for number in range(3):
+            path = tmp_path / f"{kind}/val/my city {number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new(mode, (5 + number, 4)).save(path)
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    packed = call("pack", "folder", "--root", tmp_path, "--pools", "val", "--out", tmp_path, "--processes", 1)
+    assert packed.exit_code == 0, packed.output
+    (keys,) = plan(tmp_path / "val", "--batch", 3, "--stop", 1)
+    assert sorted(keys) == ["my city 0", "my city 1", "my city 2"]
 
 
 def test_plan_refuses_what_cannot_be_divided(scenes: Path) -> None:
