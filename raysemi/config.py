@@ -117,13 +117,18 @@ def broken_rules(parts: Mapping[str, Any]) -> list[str]:
     return faults
 
 
-def check_world(config: RunConfig, world: int) -> None:
+def check_world(config: RunConfig, world: int, *, gpu: bool = False) -> None:
     """Refuses a number of ranks that the run cannot be spread over.
 
+    Args:
+        config: the run.
+        world: ranks.
+        gpu: each has a GPU; then BatchNorm is one over several ranks.
+
     Raises:
-        ConfigError: a batch cannot be divided, or the strategy is for one rank.
+        ConfigError: a batch cannot be divided or leaves too few images, or the strategy is for one rank.
     """
-    faults = list(_shares(config.train, config.method, config.data, world))
+    faults = list(_shares(config.train, config.method, config.data, config.model, world, gpu))
     if faults:
         raise ConfigError(faults)
 
@@ -160,12 +165,16 @@ def _pools_are_named(data: DataConfig, method: Any) -> Iterator[str]:
         )
 
 
-def _ranks_fit(train: TrainConfig, method: Any, data: DataConfig, ray: RayConfig | Literal["none"]) -> Iterator[str]:
-    if isinstance(ray, RayConfig):
-        yield from _shares(train, method, data, ray.num_workers)
+def _ranks_fit(
+    train: TrainConfig, method: Any, data: DataConfig, model: ModelConfig, ray: RayConfig | Literal["none"]
+) -> Iterator[str]:
+    if isinstance(ray, RayConfig):  # `auto` is known when the workers are; here it may still mean GPUs
+        yield from _shares(train, method, data, model, ray.num_workers, ray.use_gpu is not False)
 
 
-def _shares(train: TrainConfig, method: Any, data: DataConfig, world: int) -> Iterator[str]:
+def _shares(
+    train: TrainConfig, method: Any, data: DataConfig, model: ModelConfig, world: int, gpu: bool
+) -> Iterator[str]:
     if train.strategy == "single" and world > 1:
         yield f"train.strategy must be ddp on {world} ranks; got single. Set train.strategy=auto or use one rank."
     labeled, unlabeled = train.batch.labeled, train.batch.unlabeled
@@ -173,6 +182,13 @@ def _shares(train: TrainConfig, method: Any, data: DataConfig, world: int) -> It
         yield (
             f"train.batch.labeled must be divisible by the number of ranks, {world}; got {labeled}. "
             f"Set it to {_next_multiple(labeled, world)}, or use another number of ranks."
+        )
+    one_norm = gpu and world > 1  # SyncBatchNorm: only several GPUs have it
+    if labeled == world and model.batch_norm == "train" and not (uses_unlabeled(method, data) or one_norm):
+        yield (
+            "train.batch.labeled must give each rank at least 2 images, since BatchNorm cannot normalise the decoder's "
+            f"pooled branch over one value; got 1. Set it to {2 * world}, use fewer ranks or "
+            "set model.batch_norm=frozen."
         )
     # CutMix partners are neighbouring slots and stay on one rank: an odd share would tear a pair apart.
     if uses_unlabeled(method, data) and unlabeled % (2 * world):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from raysemi.data.types import SemiBatch
 from raysemi.engine.gradients import join_ranks, uniform_loss
-from raysemi.errors import ConfigError
 from raysemi.methods.base import AcrossRanks, Method, StepContext
 from raysemi.models.segmentor import Segmentor
 from raysemi.ops.schedules import rampup
@@ -140,19 +139,6 @@ def _running_statistics(student: nn.Module) -> Iterator[Tensor]:
             assert module.running_var is not None  # torch makes both or neither
             yield module.running_mean
             yield module.running_var
-
-
-def resolve_strategy(name: Literal["auto", "single", "ddp"], world: int) -> Literal["single", "ddp"]:
-    """The strategy for a number of ranks.
-
-    Raises:
-        ConfigError: `single` asked for on several ranks.
-    """
-    if name == "single" and world > 1:
-        raise ConfigError(
-            f"train.strategy must be ddp on {world} ranks; got single. Set train.strategy=auto or use one rank."
-        )
-    return "ddp" if name == "ddp" or world > 1 else "single"
 
 
 def synchronise_batch_norm(student: Segmentor, across: AcrossRanks, device: torch.device) -> Segmentor:

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 from raysemi import config_io
-from raysemi.config import RayConfig, RunConfig
+from raysemi.config import RayConfig, RunConfig, check_world
 from raysemi.errors import ConfigError, RaysemiError
 from raysemi.launch.board import Board, OnLog, ToBoard, post_fault, relay
 from raysemi.launch.cluster import Cluster, connected, worker_resources
@@ -98,6 +98,7 @@ def _on_ray(config: RunConfig, settings: RayConfig, on_log: OnLog | None) -> dic
         actor: Any = ray.remote(num_cpus=0)(Board)
         board = actor.remote()
         cpus, gpu = worker_resources(settings, cluster)
+        check_world(config, settings.num_workers, gpu=gpu)
         settings = settings.model_copy(update={"use_gpu": gpu, "cpus_per_worker": cpus})
         work = {
             "config": config_io.dump(config.model_copy(update={"ray": settings})),

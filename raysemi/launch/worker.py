@@ -23,7 +23,6 @@ from raysemi.engine.evaluate import evaluate
 from raysemi.engine.folder import RunFolder
 from raysemi.engine.measure import Look, Panels, PseudoQuality, look, unlabeled_panels, val_panels
 from raysemi.engine.record import Record
-from raysemi.engine.strategy import resolve_strategy
 from raysemi.engine.trainer import Hooks, Trainer, resolve_period
 from raysemi.errors import CheckpointError
 from raysemi.launch.restore import build, open_pools, refuse_another_run
@@ -49,10 +48,9 @@ def run(config: RunConfig, on_log: OnLog | None = None) -> dict[str, Any]:
         KeyboardInterrupt: after Ctrl-C in a single process, with a checkpoint written.
     """
     across = distributed.join()
-    check_world(config, across.world)
-    resolve_strategy(config.train.strategy, across.world)
-    use_gpu = config.ray == "none" or config.ray.use_gpu is not False
-    result = _Run(config, across, distributed.local_device(accelerator=use_gpu), on_log).go()
+    device = distributed.local_device(accelerator=config.ray == "none" or config.ray.use_gpu is not False)
+    check_world(config, across.world, gpu=device.type == "cuda")
+    result = _Run(config, across, device, on_log).go()
     distributed.leave_at_exit()
     return result
 

@@ -66,6 +66,26 @@ def test_ray_workers_are_checked_when_the_config_is_read() -> None:
     config(ray={"num_workers": 3})
 
 
+def test_one_labeled_image_alone_cannot_pass_batch_norm() -> None:
+    """The decoder's pooled branch is one value a channel and image; GPUs join ranks, other images join the pass."""
+    one = {"steps": 50, "batch": {"labeled": 2, "unlabeled": 12}}
+    alone: dict[str, Any] = {"train": one, "method": {"name": "supervised"}}
+    with pytest.raises(ConfigError, match=r"at least 2 images.*got 1\. Set it to 4.*model\.batch_norm=frozen"):
+        check_world(config(**alone), 2)
+    assert "at least 2 images" in refused(**alone, ray={"num_workers": 2, "use_gpu": False})
+    config(**alone, ray={"num_workers": 2})  # may become GPUs: told when the cluster is known
+    check_world(config(**alone), 2, gpu=True)
+    check_world(config(**alone), 1)
+    check_world(config(**alone, model={"batch_norm": "frozen"}), 2)
+    check_world(config(train=one), 2)
+    single: dict[str, Any] = alone | {"train": {"steps": 50, "batch": {"labeled": 1}}}
+    with pytest.raises(ConfigError, match="at least 2 images"):
+        check_world(config(**single), 1, gpu=True)  # no other GPU to join
+    only_labeled = {"labeled": "p/l", "val": "p/v"}
+    with pytest.raises(ConfigError, match="at least 2 images"):
+        check_world(config(train=one, data=only_labeled, method={"name": "derprop"}), 2)
+
+
 def test_single_is_for_one_rank() -> None:
     made = config(train={"steps": 50, "strategy": "single", "batch": {"labeled": 6, "unlabeled": 12}})
     check_world(made, 1)
