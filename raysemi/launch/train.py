@@ -18,7 +18,7 @@ from typing import Any
 
 from raysemi import config_io
 from raysemi.config import RayConfig, RunConfig, check_world
-from raysemi.errors import ConfigError, RaysemiError
+from raysemi.errors import ConfigError, DataError, RaysemiError
 from raysemi.launch.board import Board, OnLog, ToBoard, post_fault, relay
 from raysemi.launch.cluster import Cluster, connected, worker_resources
 from raysemi.launch.restore import open_pools, refuse_another_run
@@ -27,6 +27,8 @@ _log = logging.getLogger(__name__)
 
 _COLLECTIVE_TIMEOUT_S = 1800
 _POLL_S = 0.3
+_END_S = 60
+"""For Ray Train to notice that its workers are gone."""
 
 
 def launch(config: RunConfig, on_log: OnLog | None = None) -> dict[str, Any]:
@@ -114,18 +116,35 @@ def _on_ray(config: RunConfig, settings: RayConfig, on_log: OnLog | None) -> dic
                     relay(ray.get(board.take.remote()), on_log)
                     outcome.join(_POLL_S)
                 relay(ray.get(board.take.remote()), on_log)
-            except BaseException:
+                if outcome.error is None:
+                    return outcome.value
+                raise _one_line(outcome.error) from outcome.error
+            except BaseException as error:
                 with contextlib.suppress(Exception):  # a terminal's Ctrl-C may have ended the board already
                     for worker in ray.get(board.workers.remote()):  # on a notebook's cluster nothing else ends them
                         ray.kill(worker)
-                raise
-            if outcome.error is None:
-                return outcome.value
-            error = _one_line(outcome.error)
-            if left == 0 or type(error) is not RaysemiError:
-                raise error from outcome.error
-            left -= 1
-            _log.warning("%s Starting again; %d more times at most.", error, left)
+                if left == 0 or not may_go_better(error):
+                    raise
+                left -= 1
+                _log.warning("%s Starting again; %d more times at most.", error, left)
+            outcome.join(_END_S)
+            ray.get(board.take.remote())  # what else the ended workers said of the same fault
+
+
+def may_go_better(error: BaseException) -> bool:
+    """Whether the same work, begun again at the last checkpoint, may end otherwise.
+
+    So it is after a death (of a worker or of a loader process) and where a disk or an object store did not answer; a
+    corrupt sample, a missing file and a wrong setting would be met again.
+    """
+    if type(error) is RaysemiError:
+        return True
+    cause = error.__cause__
+    if type(error) is not DataError:  # a corrupt sample is a kind of its own
+        return False
+    if isinstance(cause, OSError):
+        return not isinstance(cause, FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError)
+    return isinstance(cause, RuntimeError) and "DataLoader worker" in str(cause)
 
 
 def _trainer(config: RunConfig, settings: RayConfig, cluster: Cluster, work: dict[str, Any], folder: str) -> Any:
