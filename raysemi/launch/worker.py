@@ -45,7 +45,7 @@ def run(config: RunConfig, on_log: OnLog | None = None) -> dict[str, Any]:
 
     Raises:
         ConfigError, DataError, CheckpointError: one line each, before a step is taken where possible.
-        KeyboardInterrupt: after Ctrl-C in a single process, with a checkpoint written.
+        KeyboardInterrupt: after Ctrl-C in a single process without Ray, with a checkpoint written.
     """
     across = distributed.join()
     device = distributed.local_device(accelerator=config.ray == "none" or config.ray.use_gpu is not False)
@@ -277,7 +277,8 @@ class _Run:
 def _graceful_stop(across: AcrossRanks) -> Iterator[Callable[[], bool]]:
     """Turns the first Ctrl-C into "finish this step and save"; the second one interrupts at once.
 
-    Only in a single process: several ranks get the signal in different steps, so they go on from the last checkpoint.
+    Only in a single process without Ray: several ranks get the signal in different steps, and Ray's worker, even a lone
+    one, trains outside the main thread, which alone hears signals. Those runs go on from the last checkpoint.
     """
     if across.world > 1 or threading.current_thread() is not threading.main_thread():
         yield lambda: False
