@@ -10,7 +10,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -172,8 +172,8 @@ class Stream:
             if made is None:
                 return
             batch, skipped = made
-            if isinstance(batch, RaysemiError):
-                raise batch
+            if isinstance(batch, _Fault):
+                raise batch.error from batch.cause
             self._count(skipped)
             yield batch.pinned() if self.pinned else batch
 
@@ -192,6 +192,13 @@ class Stream:
                 f"data.corrupt_limit must not be exceeded: at most {self.config.corrupt_limit} corrupt samples; got "
                 f"{len(self._corrupt)}, the last: {skipped[-1].text}"
             )
+
+
+class _Fault(NamedTuple):
+    """An error on its way out of a loader process, which alone would lose its cause there."""
+
+    error: RaysemiError
+    cause: BaseException | None
 
 
 class _Steps(Dataset[Any]):
@@ -215,12 +222,12 @@ class _Steps(Dataset[Any]):
         self.orders = {name: Order(pool.shard_rows, pool.digest, seed, batches[name]) for name, pool in pools.items()}
         self.slots = {name: (rank * batches[name] // world, (rank + 1) * batches[name] // world) for name in pools}
 
-    def __getitem__(self, step: int) -> tuple[HostBatch | RaysemiError, tuple[Skipped, ...]]:
+    def __getitem__(self, step: int) -> tuple[HostBatch | _Fault, tuple[Skipped, ...]]:
         skipped: list[Skipped] = []
         try:
             return self._batch(step, skipped), tuple(skipped)
         except RaysemiError as error:
-            return error, ()
+            return _Fault(error, error.__cause__), ()
 
     def _batch(self, step: int, skipped: list[Skipped]) -> HostBatch:
         side, views = self.config.crop, self.strong_views

@@ -221,3 +221,16 @@ def test_a_dead_loader_process_is_explained(pools, monkeypatch):
     monkeypatch.setattr(loader._Steps, "_batch", lambda self, step, skipped: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(DataError, match=r"loader processes must stay alive.*data\.loader_processes"):
         list(stream(pools, loader_processes=1))
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_a_store_that_does_not_answer_stays_the_cause(pools, monkeypatch, processes):
+    """Whether a run starts again depends on it, and pickling drops causes."""
+
+    def fail(self, row, offset, length, what):
+        raise DataError("shard must be readable") from ConnectionError("timed out")
+
+    monkeypatch.setattr(loader.Reader, "_payload", fail)
+    with pytest.raises(DataError) as caught:
+        list(stream(pools, loader_processes=processes))
+    assert isinstance(caught.value.__cause__, ConnectionError)
