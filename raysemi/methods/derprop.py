@@ -134,7 +134,10 @@ class DerPropConfig(Config):
     criterion: Criterion = Criterion()
     """Loss of the labeled images."""
     labeled_weight: float = Field(0.5, ge=0.0, json_schema_extra=search(0.25, 1.0))
-    """l1: coefficient of L_x and of L_xc."""
+    """l1: coefficient of L_x, and of L_xc unless that has its own."""
+    labeled_propagated_weight: float | None = Field(None, ge=0.0, json_schema_extra=choices([None, 0.05, 0.25]))
+    """Coefficient of L_xc, the loss of propagated logits of labeled images; null: `labeled_weight`. Lower it where a
+    crop has few cells: labels that they cannot draw would move the encoder more than L_x does."""
     strong_weight: float = Field(0.25, ge=0.0, json_schema_extra=search(0.05, 0.5))
     """Coefficient of the cross-entropy of strong views."""
     strong_target: Literal["soft", "hard"] = Field("soft", json_schema_extra=choices(["soft", "hard"]))
@@ -265,8 +268,9 @@ class DerProp(Method):
         self, labeled: View, spread_LKHW: Tensor, batch: SemiBatch, context: StepContext
     ) -> dict[str, Objective]:
         config = self.config
-        weight = _HALF * config.labeled_weight
-        terms = labeled_pair(config.criterion, labeled.logits_BKHW, spread_LKHW, batch.label_LHW, weight, context)
+        weight, own = config.labeled_weight, config.labeled_propagated_weight
+        weights = _HALF * weight, _HALF * (weight if own is None else own)
+        terms = labeled_pair(config.criterion, labeled.logits_BKHW, spread_LKHW, batch.label_LHW, weights, context)
         if config.matches_maps:
             match = self.maps.label_match(labeled.projections, at_nodes(batch.label_LHW, labeled.cells))
             terms["derivative_labeled"] = supervised(match, _HALF * config.deriv.weight)

@@ -331,11 +331,12 @@ def labeled_pair(
     logits_LKHW: Tensor,
     propagated_LKHW: Tensor,
     labels_LHW: Tensor,
-    weight: float,
+    weights: tuple[float, float],
     context: StepContext,
 ) -> dict[str, Objective]:
-    """The labeled loss of the logits and of the propagated ones, at equal weight."""
+    """L_x and L_xc: the labeled loss of the logits and of the propagated ones, with their coefficients."""
+    logits = {"supervised": logits_LKHW, "supervised_propagated": propagated_LKHW}
     return {
-        name: supervised(labeled_loss(criterion, logits, labels_LHW, context.across), weight)
-        for name, logits in (("supervised", logits_LKHW), ("supervised_propagated", propagated_LKHW))
+        name: supervised(labeled_loss(criterion, scores, labels_LHW, context.across), weight)
+        for (name, scores), weight in zip(logits.items(), weights, strict=True)
     }

@@ -85,6 +85,13 @@ def test_terms_weights_and_sides():
         assert not term.normaliser.requires_grad
 
 
+@pytest.mark.parametrize(("own", "expected"), [(None, 0.3), (0.1, 0.05), (0.0, 0.0)])
+def test_labeled_propagated_logits_may_have_their_own_weight(own, expected):
+    terms, _ = run(*build(labeled_weight=0.6, labeled_propagated_weight=own))
+    assert terms["supervised"].weight == pytest.approx(0.3)
+    assert terms["supervised_propagated"].weight == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("alpha_step", [0, 70])
 def test_each_term_teaches_its_part_of_the_student(alpha_step):
     method, student = build(threshold=LOW)
