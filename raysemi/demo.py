@@ -16,7 +16,7 @@ from raysemi.launch.cluster import connected, cores
 from raysemi.launch.terminal import Bar, print_results, train_with_progress
 from raysemi.report.page import build_report
 
-LABELED = 12
+LABELED = 24
 """Labeled images; the other train images are the unlabeled pool."""
 RECIPES = {
     "scenes-supervised": ["method.average.kind=period"],  # derprop's momentum network is such an average
