@@ -51,25 +51,24 @@ def launch(config: RunConfig, on_log: OnLog | None = None) -> dict[str, Any]:
             # Workers look too; but they take a while to start, and a mistake should be told at once.
             open_pools(config)
             refuse_another_run(config)
-        with _ctrl_c_wins():
-            return _on_ray(config, config.ray, on_log)
+        with _ctrl_c_wins() as pressed:
+            return _on_ray(config, config.ray, on_log, pressed)
     from raysemi.launch.worker import run
 
     return run(config, on_log)
 
 
 @contextlib.contextmanager
-def _ctrl_c_wins() -> Iterator[None]:
-    """After Ctrl-C, any error is KeyboardInterrupt.
+def _ctrl_c_wins() -> Iterator[threading.Event]:
+    """Gives an event that Ctrl-C sets; afterwards any error is KeyboardInterrupt.
 
     A terminal sends the signal to all of its processes, so what the driver meets first may be a dead worker; and an
     exception that a signal raises inside a destructor is lost.
     """
-    previous = signal.getsignal(signal.SIGINT)
+    pressed, previous = threading.Event(), signal.getsignal(signal.SIGINT)
     if not callable(previous) or threading.current_thread() is not threading.main_thread():
-        yield  # ignored, as under nohup, or not ours to handle
+        yield pressed  # ignored, as in a script's background job, or not ours to handle
         return
-    pressed = threading.Event()
 
     def note(number: int, frame: FrameType | None) -> None:
         pressed.set()
@@ -77,7 +76,7 @@ def _ctrl_c_wins() -> Iterator[None]:
 
     signal.signal(signal.SIGINT, note)
     try:
-        yield
+        yield pressed
     except Exception as error:
         if pressed.is_set():
             raise KeyboardInterrupt from error
@@ -86,7 +85,7 @@ def _ctrl_c_wins() -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
-def _on_ray(config: RunConfig, settings: RayConfig, on_log: OnLog | None) -> dict[str, Any]:
+def _on_ray(config: RunConfig, settings: RayConfig, on_log: OnLog | None, pressed: threading.Event) -> dict[str, Any]:
     os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(_COLLECTIVE_TIMEOUT_S))  # Ray's own default is none
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon an end or an error is noticed
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths of the config are the user's
@@ -114,6 +113,8 @@ def _on_ray(config: RunConfig, settings: RayConfig, on_log: OnLog | None) -> dic
             try:
                 while outcome.is_alive():
                     relay(ray.get(board.take.remote()), on_log)
+                    if pressed.is_set():
+                        raise KeyboardInterrupt
                     outcome.join(_POLL_S)
                 relay(ray.get(board.take.remote()), on_log)
                 if outcome.error is None:
