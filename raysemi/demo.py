@@ -40,6 +40,7 @@ def run_demo(folder: Path, workers: int) -> None:
         f"ray.num_workers={workers}",
         f"ray.cpus_per_worker={max(1, cores() // workers)}",
         "eval.pseudo_images=16",
+        "train.period=15",  # both average alike: by itself a period follows the pool, and these differ in theirs
     ]
     configs = [
         config_io.load(recipe, [*shared, f"run={folder / 'runs' / recipe.replace('scenes', 'demo')}", *own])

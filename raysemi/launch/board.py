@@ -33,7 +33,7 @@ class Board:
         return self._workers
 
     def put(self, *item: Any) -> None:
-        """Adds an item: `metrics, step, values`, `message, level, text` or `fault, pickled error, pickled cause`."""
+        """Adds an item: `metrics, step, values`, `message, level, text` or `fault, error, cause`."""
         self._items.append(item)
 
     def take(self) -> list[tuple[Any, ...]]:
@@ -54,20 +54,21 @@ def relay(items: list[tuple[Any, ...]], on_log: OnLog | None) -> None:
         elif kind == "message":
             _log.log(*content)
         elif kind == "fault":
-            error, cause = (pickle.loads(part) for part in content)  # noqa: S301 - from our own workers
+            error, cause = content
             raise error from cause
 
 
 def post_fault(board: Any, error: RaysemiError) -> Any:
     """Sends an error with its cause, which Ray leaves behind and the exit code depends on; a reference to wait for."""
-    return board.put.remote("fault", _pickled(error), _pickled(error.__cause__))
+    return board.put.remote("fault", error, _portable(error.__cause__))
 
 
-def _pickled(error: BaseException | None) -> bytes:
+def _portable(cause: BaseException | None) -> BaseException | None:
     try:
-        return pickle.dumps(error)
+        pickle.dumps(cause)
     except (pickle.PicklingError, TypeError, AttributeError):
-        return pickle.dumps(RuntimeError(str(error)))
+        return RuntimeError(str(cause))
+    return cause
 
 
 class ToBoard(logging.Handler):

@@ -124,11 +124,12 @@ def _on_ray(config: RunConfig, settings: RayConfig, on_log: OnLog | None, presse
                 with contextlib.suppress(Exception):  # a terminal's Ctrl-C may have ended the board already
                     for worker in ray.get(board.workers.remote()):  # on a notebook's cluster nothing else ends them
                         ray.kill(worker)
+                if isinstance(error, Exception):
+                    outcome.join(_END_S)  # its thread should not meet the end of the cluster
                 if left == 0 or not may_go_better(error):
                     raise
                 left -= 1
                 _log.warning("%s Starting again; %d more times at most.", error, left)
-            outcome.join(_END_S)
             ray.get(board.take.remote())  # what else the ended workers said of the same fault
 
 

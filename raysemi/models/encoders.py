@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _LITE0 = ((127 / 255,) * 3, (128 / 255,) * 3)  # its published weights saw (x - 127) / 128
 
 
-class Encoder(nn.Module):
+class Encoder(nn.Module, ABC):
     """A classification network without its classifier.
 
     Args:
@@ -50,13 +51,13 @@ class Encoder(nn.Module):
         """Name of each tensor in `net.state_dict()` -> its name in a published file of the whole classifier."""
         return {name: name for name in self.net.state_dict()}
 
+    @abstractmethod
     def classifier_shapes(self) -> Mapping[str, torch.Size]:
         """Every tensor of the whole classifier, by published name in its published order, with its shape."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, images_B3HW: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised images -> (low_BDhw at stride 4, high_BDhw at the output stride)."""
-        raise NotImplementedError
 
 
 class TimmEncoder(Encoder):
