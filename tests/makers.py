@@ -26,6 +26,9 @@ class TinyEncoder(Encoder):
         net = nn.ModuleDict({"low": low, "high": high})
         super().__init__(net, 6, 10, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
+    def classifier_shapes(self) -> dict[str, torch.Size]:
+        return {}
+
     def forward(self, images_B3HW: Tensor) -> tuple[Tensor, Tensor]:
         low_BDhw = self.net["low"](images_B3HW)
         return low_BDhw, self.net["high"](low_BDhw)

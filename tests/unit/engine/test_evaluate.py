@@ -54,6 +54,9 @@ class Eyes(Encoder):
         super().__init__(nn.BatchNorm2d(3), 3, 3, ((0.0,) * 3, (1.0,) * 3))
         self.sizes: list[tuple[int, ...]] = []
 
+    def classifier_shapes(self) -> dict[str, torch.Size]:
+        return {}
+
     def forward(self, images_B3HW: Tensor) -> tuple[Tensor, Tensor]:
         self.sizes.append(tuple(images_B3HW.shape))
         return images_B3HW, images_B3HW
