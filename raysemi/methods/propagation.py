@@ -19,7 +19,7 @@ from raysemi.base import Config, choices
 from raysemi.data.types import SemiBatch
 from raysemi.methods.base import StepContext
 from raysemi.models.decoders import resize
-from raysemi.models.segmentor import Features
+from raysemi.models.segmentor import Features, Segmentor
 from raysemi.ops.losses import Criterion, Objective, labeled_loss, supervised
 from raysemi.ops.mixing import inside, paste
 from raysemi.ops.pseudo_label import confidence_and_label, peaks_by_class, update_threshold
@@ -147,11 +147,34 @@ def weak_pass(batch: SemiBatch, context: StepContext, perturb: bool) -> tuple[Vi
 
 def strong_pass(strong_U3HW: Tensor, batch: SemiBatch, context: StepContext) -> View:
     """The mixed strong views, with BatchNorm statistics of their own."""
-    features = context.student.encode(strong_U3HW)
     keep_UC = context.keep(batch.slots_U, "correlation/strong", HIDDEN, _HEAD_DROP)
-    projections = Projections.of(*context.student.heads["correlation"](features.high_BCHW, keep_BC=keep_UC))
-    logits_UKHW, _ = context.student.decode(features, strong_U3HW.shape[-2:])
-    return View(at_least_fp32(logits_UKHW), projections, (features.high_BCHW.shape[2], features.high_BCHW.shape[3]))
+    return _see(context.student, strong_U3HW, keep_UC)
+
+
+def labeled_and_strong_pass(strong_U3HW: Tensor, batch: SemiBatch, context: StepContext) -> tuple[View, View]:
+    """Labeled images and mixed strong views in one pass, so that they share BatchNorm's statistics."""
+    labeled, strong = "correlation/labeled", "correlation/strong"
+    keeps = (
+        context.keep(slots_B, name, HIDDEN, _HEAD_DROP)
+        for slots_B, name in ((batch.slots_L, labeled), (batch.slots_U, strong))
+    )
+    both = _see(context.student, torch.cat((batch.image_L3HW, strong_U3HW)), torch.cat(tuple(keeps)))
+    num_labeled = len(batch.image_L3HW)
+    return both.images(slice(num_labeled)), both.images(slice(num_labeled, None))
+
+
+@torch.no_grad()
+def momentum_pass(batch: SemiBatch, context: StepContext) -> View:
+    """The weak views as the averaged network sees them, in eval mode."""
+    assert context.teacher is not None  # the config refuses it without an averaged network
+    return _see(context.teacher, batch.weak_U3HW, None)
+
+
+def _see(network: Segmentor, images_B3HW: Tensor, keep_BC: Tensor | None) -> View:
+    features = network.encode(images_B3HW)
+    projections = Projections.of(*network.heads["correlation"](features.high_BCHW, keep_BC=keep_BC))
+    logits_BKHW, _ = network.decode(features, images_B3HW.shape[-2:])
+    return View(at_least_fp32(logits_BKHW), projections, (features.high_BCHW.shape[2], features.high_BCHW.shape[3]))
 
 
 @dataclass(frozen=True)

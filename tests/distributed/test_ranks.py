@@ -17,7 +17,15 @@ from raysemi.engine.trainer import Trainer
 from raysemi.launch.restore import build
 from raysemi.methods.base import SingleRank
 
-METHODS = ("supervised", "fixmatch", "derprop")
+CASES = {
+    "supervised": ["supervised"],
+    "fixmatch": ["fixmatch", "method.threshold=0.145"],
+    "derprop": ["derprop", "method.threshold.initial=0.145"],
+    "derprop-momentum": [
+        "derprop", "method.threshold.initial=0.145", "method.labeler=momentum", "method.fp.weight=0",
+    ],
+}  # fmt: skip
+"""Method, and settings beside those of `trace`."""
 STEPS = 3
 Trace = dict[str, Any]
 
@@ -29,14 +37,13 @@ class Deaf(distributed.ProcessGroup):
         return value
 
 
-def trace(pools: Path, folder: Path, method: str, across: Any) -> Trace:
+def trace(pools: Path, folder: Path, case: str, across: Any) -> Trace:
     """Global losses and the gradient of the first steps of a run on this rank's share."""
     # weight decay 0: SGD's momentum buffer after the first step is then the gradient itself
     config = tiny_run(
-        pools, folder / f"{method}-{across.rank}-{across.world}", method,
+        pools, folder / f"{case}-{across.rank}-{across.world}", *CASES[case],
         "model.batch_norm=frozen", "train.batch.labeled=4", "train.batch.unlabeled=4", "optim.weight_decay=0",
-        "optim.lr=0.001", "train.steps=20", *(["method.threshold=0.145"] if method == "fixmatch" else []),
-        *(["method.threshold.initial=0.145"] if method == "derprop" else []),
+        "optim.lr=0.001", "train.steps=20",
     )  # fmt: skip
     student, learner = build(config, 7)
     trainer = Trainer(
@@ -62,7 +69,7 @@ def rank(number: int, world: int, pools: Path, folder: Path) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder / 'store'}", rank=number, world_size=world)
     across = distributed.ProcessGroup()
-    traces = {method: trace(pools, folder, method, across) for method in METHODS}
+    traces = {case: trace(pools, folder, case, across) for case in CASES}
     (folder / "deaf").mkdir(exist_ok=True)
     traces["deaf"] = trace(pools, folder / "deaf", "supervised", Deaf())
     torch.save(traces, folder / f"rank-{number}.pt")
@@ -71,20 +78,20 @@ def rank(number: int, world: int, pools: Path, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def traces(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Trace]]:
-    """Traces by method: one rank alone, then each of two ranks."""
+    """Traces by case: one rank alone, then each of two ranks."""
     folder = tmp_path_factory.mktemp("ranks")
     spawn = multiprocessing.get_context("spawn")
     ranks = [spawn.Process(target=rank, args=(number, 2, scenes, folder)) for number in range(2)]
     for process in ranks:
         process.start()
     (folder / "alone").mkdir()
-    alone = {method: trace(scenes, folder / "alone", method, SingleRank()) for method in METHODS}
+    alone = {case: trace(scenes, folder / "alone", case, SingleRank()) for case in CASES}
     alone["deaf"] = alone["supervised"]
     for process in ranks:
         process.join(240)
         assert process.exitcode == 0
     both = [torch.load(folder / f"rank-{number}.pt", weights_only=True) for number in range(2)]
-    return {method: [alone[method], *(one[method] for one in both)] for method in alone}
+    return {case: [alone[case], *(one[case] for one in both)] for case in alone}
 
 
 def largest_difference(a: Trace, b: Trace) -> float:
@@ -95,14 +102,14 @@ def largest_difference(a: Trace, b: Trace) -> float:
     return max(differences)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_two_ranks_equal_one(traces, method):
-    one, first, second = traces[method]
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_equal_one(traces, case):
+    one, first, second = traces[case]
     one["scale"] = max(value.abs().max() for value in one["gradient"].values()).clamp(min=1.0)
     assert any(value.abs().max() > 1e-3 for value in one["gradient"].values())  # else nothing is compared
     assert largest_difference(one, first) < 1e-5
     assert largest_difference(one, second) < 1e-5
-    assert one["buffers"].keys() == first["buffers"].keys() == ({"threshold"} if method == "derprop" else set())
+    assert one["buffers"].keys() == first["buffers"].keys() == ({"threshold"} if case.startswith("derprop") else set())
     for name, value in first["buffers"].items():
         assert torch.allclose(one["buffers"][name], value, atol=1e-6)
         assert torch.equal(value, second["buffers"][name])  # a number that decides is the same on all ranks
@@ -116,5 +123,9 @@ def test_the_comparison_fails_without_the_sum_over_ranks(traces):
 
 
 def test_unsupervised_terms_take_part(traces):
-    for method, term in (("fixmatch", "loss/consistency"), ("derprop", "loss/strong")):
-        assert all(losses[term] > 1e-4 for losses in traces[method][0]["losses"])
+    for case, term in (
+        ("fixmatch", "loss/consistency"),
+        ("derprop", "loss/strong"),
+        ("derprop-momentum", "loss/strong"),
+    ):
+        assert all(losses[term] > 1e-4 for losses in traces[case][0]["losses"])

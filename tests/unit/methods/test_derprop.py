@@ -116,6 +116,27 @@ def test_no_gradient_reaches_the_teacher():
     assert all(parameter.grad is not None for parameter in student.parameters())
 
 
+@pytest.mark.parametrize("step", [0, 70])
+def test_the_momentum_network_may_make_the_labels(step):
+    method, student = build(threshold=LOW, labeler="momentum", region={"enable": False}, fp={"weight": 0.0})
+    teacher = tiny_segmentor(CLASSES, method.heads, seed=5).eval()
+    batch, seen = semi_batch(CLASSES), {}
+    context = step_context(student, teacher, listener=seen.__setitem__, step=step)
+    method.objectives(batch, context)
+    with torch.no_grad():
+        raw = teacher(batch.weak_U3HW).logits_BKHW
+        own = student(batch.weak_U3HW).logits_BKHW
+    assert torch.equal(seen["pseudo"], raw.argmax(dim=1))
+    assert not torch.equal(seen["pseudo"], own.argmax(dim=1))
+    alpha = method.alpha(context.step, context.steps, context.period)
+    assert (alpha > 0.0) == (step > 0)
+    if step == 0:
+        assert torch.equal(seen["propagated"], seen["pseudo"])
+        torch.testing.assert_close(seen["confidence"], raw.softmax(dim=1).amax(dim=1))
+    else:
+        assert not torch.allclose(seen["confidence"], raw.softmax(dim=1).amax(dim=1))
+
+
 def test_each_unlabeled_term_sees_its_own_view():
     """Frozen BatchNorm: with statistics of the batch every image would reach every term."""
     method = DerProp(DerPropConfig(threshold=LOW, region={"segments": 6}), CLASSES)
@@ -130,6 +151,25 @@ def test_each_unlabeled_term_sees_its_own_view():
         reached = {view for view, g in zip(views, found, strict=True) if g is not None and g.abs().max() > 0}
         weak = {"perturbed", "propagated_weak"}
         assert reached == {"labeled" if name in LABELED else "weak" if name in weak else "strong"}, name
+
+
+def test_with_the_momentum_labeler_the_student_sees_no_weak_view():
+    settings = DerPropConfig(threshold=LOW, region={"segments": 6}, labeler="momentum", fp={"weight": 0.0})
+    method = DerProp(settings, CLASSES)
+    student = tiny_segmentor(CLASSES, method.heads, frozen=True)
+    teacher = copy.deepcopy(student)  # its parameters could take gradients
+    batch = semi_batch(CLASSES)
+    views = {"labeled": batch.image_L3HW, "weak": batch.weak_U3HW, "strong": batch.strong_VU3HW}
+    for view in views.values():
+        view.requires_grad_()
+    terms = method.objectives(batch, step_context(student, teacher.eval(), step=70))
+    assert set(terms) == (LABELED | UNLABELED) - {"perturbed", "propagated_weak"}
+    for name, term in terms.items():
+        found = torch.autograd.grad(term.total, list(views.values()), retain_graph=True, allow_unused=True)
+        reached = {view for view, g in zip(views, found, strict=True) if g is not None and g.abs().max() > 0}
+        assert reached == {"labeled" if name in LABELED else "strong"}, name
+    published_total(terms).backward()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
 def test_channels_are_dropped_by_slot(monkeypatch):
@@ -527,6 +567,8 @@ def test_second_view_leaves_the_students_mode_and_statistics(mode):
     ("settings", "text"),
     [
         ({"cutmix": {"partner": "momentum_view"}, "momentum": {"enable": False}}, "cutmix.partner must be pair"),
+        ({"labeler": "momentum", "dlp": False}, "labeler must be student"),
+        ({"labeler": "momentum"}, "fp.weight must be 0"),
         ({"kernel": [0.0, 0.0]}, "must have a coefficient other than 0"),
         ({"kernel": [1.0]}, "kernel"),
         ({"preset": "rayseni"}, "preset"),
