@@ -3,7 +3,7 @@
 The student labels the weak view. Its logits, spread along the map of orders 0 and 1, are blended in more and more as
 training goes on; the strong view, the perturbed features and the propagated logits learn from the blend. The maps learn
 the labels' map and the weak view's map in every order up to `order`; the next order is kept sparse. An average over
-periods is the network that is evaluated.
+periods is the network that is evaluated; with `labeler=momentum` it also takes the student's place on the weak view.
 
 Observed, maps of the un-mixed unlabeled images: "pseudo" (argmax before propagation), "propagated" (the final label:
 blended, regions applied), "confidence", "trusted_before" and "trusted" (kept pixels before and after regions); inside a
@@ -82,7 +82,7 @@ class MomentumConfig(Config):
     """`method.momentum.*`: the network that is evaluated."""
 
     enable: bool | None = None
-    """null: on, unless `dlp` or `deriv.loss` is off, as in the paper's tables."""
+    """null: on, unless `dlp` or `deriv.loss` is off, as in the paper's tables; on whenever it is the `labeler`."""
     ratio: float = Field(0.5, gt=0.0, lt=1.0, json_schema_extra=choices([0.5, 0.7, 0.9]))
     """Share that it keeps at each update, once a `train.period`."""
     at: Literal["end", "start"] = "end"
@@ -129,7 +129,7 @@ class DerPropConfig(Config):
     strong views in one pass with the labeled images. About a third cheaper, steadier where few images share
     BatchNorm's statistics; without L_fp and the weak half of L_c."""
     dlp: bool = True
-    """False: raw pseudo-labels, no map losses, no momentum network (the paper's "w/o DLP")."""
+    """False: raw pseudo-labels, no map losses, no momentum network unless it labels (the paper's "w/o DLP")."""
     ramp: Literal["epoch", "step"] = Field("epoch", json_schema_extra=choices(["epoch", "step"]))
     """How alpha, the share of propagated logits, grows from 0: once a `train.period`, or every step."""
     alpha_max: float = Field(1.0, ge=0.0, le=1.0, json_schema_extra=choices([0.5, 0.75, 1.0]))
@@ -199,7 +199,8 @@ class DerPropConfig(Config):
     @property
     def has_momentum(self) -> bool:
         """True when the momentum network is kept."""
-        return self.matches_maps if self.momentum.enable is None else self.momentum.enable
+        needed = self.matches_maps or self.labeler == "momentum"
+        return needed if self.momentum.enable is None else self.momentum.enable
 
 
 def projected_channels(config: DerPropConfig, num_classes: int) -> int:

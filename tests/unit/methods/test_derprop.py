@@ -567,7 +567,7 @@ def test_second_view_leaves_the_students_mode_and_statistics(mode):
     ("settings", "text"),
     [
         ({"cutmix": {"partner": "momentum_view"}, "momentum": {"enable": False}}, "cutmix.partner must be pair"),
-        ({"labeler": "momentum", "dlp": False}, "labeler must be student"),
+        ({"labeler": "momentum", "momentum": {"enable": False}}, "labeler must be student"),
         ({"labeler": "momentum"}, "fp.weight must be 0"),
         ({"kernel": [0.0, 0.0]}, "must have a coefficient other than 0"),
         ({"kernel": [1.0]}, "kernel"),
