@@ -126,7 +126,7 @@ class DerPropConfig(Config):
     labeler: Literal["student", "momentum"] = Field("student", json_schema_extra=choices(["student", "momentum"]))
     """Who sees the weak views, and so makes the pseudo-labels and the maps that strong views must match. student: as
     published, taught by its own weak views too. momentum: the averaged network, in eval mode; the student sees the
-    strong views in one pass with the labeled images. About a third cheaper, steadier where few images share
+    strong views in one pass with the labeled images. About a fifth cheaper, steadier where few images share
     BatchNorm's statistics; without L_fp and the weak half of L_c."""
     dlp: bool = True
     """False: raw pseudo-labels, no map losses, no momentum network unless it labels (the paper's "w/o DLP")."""
