@@ -255,15 +255,14 @@ class DerProp(Method):
 
         if self.config.labeler == "momentum":
             weak = momentum_pass(batch, context)
-            strong_U3HW, targets = self._taught(weak, self._spread(weak), batch, context)
+            strong_U3HW, targets, _ = self._taught(weak, batch, context)
             labeled, strong = labeled_and_strong_pass(strong_U3HW, batch, context)
             pairs = {}
         else:
             both, perturbed_UKHW = weak_pass(batch, context, perturb=self.config.fp.weight > 0.0)
             num_labeled = len(batch.image_L3HW)
             labeled, weak = both.images(slice(num_labeled)), both.images(slice(num_labeled, None))
-            spread_UKHW = self._spread(weak)
-            strong_U3HW, targets = self._taught(weak, spread_UKHW, batch, context)
+            strong_U3HW, targets, spread_UKHW = self._taught(weak, batch, context)
             strong = strong_pass(strong_U3HW, batch, context)
             pairs = self._weak_losses(perturbed_UKHW, spread_UKHW, targets[0])
 
@@ -275,9 +274,12 @@ class DerProp(Method):
         """Its logits, spread along its own map: [B, K, H, W]."""
         return propagated(view.logits_BKHW, *self.maps.propagation_factors(view.projections), view.cells)
 
-    def _taught(self, weak: View, spread_UKHW: Tensor, batch: SemiBatch, context: StepContext) -> tuple[Tensor, Taught]:
-        """The mixed strong views, and what they and the weak ones are taught; moves the threshold."""
+    def _taught(self, weak: View, batch: SemiBatch, context: StepContext) -> tuple[Tensor, Taught, Tensor]:
+        """The mixed strong views; what they and the weak ones are taught; the weak view's spread logits, with gradient
+        into its map. Moves the threshold."""
         config = self.config
+        left_UCN, right_UCN = self.maps.propagation_factors(weak.projections)
+        spread_UKHW = propagated(weak.logits_BKHW, left_UCN, right_UCN, weak.cells)
         alpha = self.alpha(context.step, context.steps, context.period)
         blended_UKHW = weak.logits_BKHW.detach()
         if alpha > 0.0:
@@ -288,7 +290,6 @@ class DerProp(Method):
             counted_UHW = (base if config.threshold.ignore == "base" else mixed).valid_UHW
             self.threshold.copy_(next_threshold(config.threshold, self.threshold, base, counted_UHW, context))
         trusted_UHW = mixed.trusted(self.threshold)
-        left_UCN, right_UCN = self.maps.propagation_factors(weak.projections)
         factors = left_UCN.detach(), right_UCN.detach()
         final, expanded_UHW = rectify(
             config.region, mixed, trusted_UHW, self.threshold, factors, weak.cells, batch, context
@@ -296,7 +297,7 @@ class DerProp(Method):
         targets = base, final, trusted_UHW, expanded_UHW
         if context.listener is not None:
             self._observe(weak, spread_UKHW, targets, alpha, batch, context)
-        return strong_U3HW, targets
+        return strong_U3HW, targets, spread_UKHW
 
     def _labeled_terms(self, labeled: View, batch: SemiBatch, context: StepContext) -> dict[str, Objective]:
         config, spread_LKHW = self.config, self._spread(labeled)
