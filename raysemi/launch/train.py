@@ -124,8 +124,8 @@ def _on_ray(config: RunConfig, settings: RayConfig, on_log: OnLog | None, presse
                 with contextlib.suppress(Exception):  # a terminal's Ctrl-C may have ended the board already
                     for worker in ray.get(board.workers.remote()):  # on a notebook's cluster nothing else ends them
                         ray.kill(worker)
-                if isinstance(error, Exception):
-                    outcome.join(_END_S)  # its thread should not meet the end of the cluster
+                # A thread that asks Ray anything once it is shut down ends the whole process, with exit code 1.
+                outcome.join(_END_S)
                 if left == 0 or not may_go_better(error):
                     raise
                 left -= 1
