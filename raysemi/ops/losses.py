@@ -62,8 +62,13 @@ class SumsOverRanks(Protocol):
 class Criterion(Config):
     """Loss of labeled pixels: `method.criterion.*`."""
 
-    name: Literal["ce", "ohem"] = Field("ce", json_schema_extra=choices(["ce", "ohem"]))
-    """ce: cross-entropy over all annotated pixels. ohem: over the hard ones alone (the papers', on Cityscapes)."""
+    name: Literal["ce", "ohem", "balanced"] = Field("ce", json_schema_extra=choices(["ce", "ohem", "balanced"]))
+    """ce: cross-entropy over all annotated pixels. ohem: over the hard ones alone (the papers', on Cityscapes).
+    balanced: over all, a rare class's weighing more; for few labeled images, where plain cross-entropy may never learn
+    one."""
+    power: float = Field(0.5, ge=0.0, le=1.0, json_schema_extra=search(0.25, 0.75))
+    """balanced: a pixel weighs (pixels of its class in the global batch) ** -power. 0: as ce; 1: every class of the
+    batch weighs the same."""
     threshold: float = Field(0.7, ge=0.0, lt=1.0, json_schema_extra=search(0.5, 0.9))
     """ohem: a pixel whose true class has at most this probability is always kept."""
     min_kept: int = Field(100_000, ge=0, json_schema_extra={"unit": "pixels"})
@@ -125,6 +130,34 @@ def kl_divergence(logits_BKHW: Tensor, target_BKHW: Tensor, kept_BHW: Tensor) ->
     target_BKHW = target_BKHW.detach().to(log_probability_BKHW.dtype)
     loss_BHW = F.kl_div(log_probability_BKHW, target_BKHW, reduction="none").sum(dim=1)
     return (loss_BHW * kept_BHW.to(loss_BHW.dtype)).sum()
+
+
+def class_balance(
+    labels_BHW: Tensor, classes: int, power: float, sum_over_ranks: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """Weight of each pixel by how rare its class is: proportional to (pixels of its class) ** -power, 1 on average.
+
+    Classes are counted in the batch at hand, over all ranks, so that nothing has to be known of the pool, and 1 rank
+    gives what N give.
+
+    Args:
+        labels_BHW: class index 0..K-1, or `IGNORE`.
+        classes: K.
+        power: 0 (all weigh 1) to 1 (every class that occurs weighs the same in sum).
+        sum_over_ranks: adds an int64 tensor up over ranks; default: this is the only rank.
+
+    Returns:
+        float32 [B, H, W] on the labels' device, 0 where a pixel is ignored, made without a host wait.
+
+    Source: with power 1, the per-image weights of Xie and Tu 2015, arXiv:1504.06375, eq. 2, for K classes.
+    """
+    slot_BHW = torch.where(labels_BHW == IGNORE, classes, labels_BHW.long())
+    counts = torch.zeros(classes + 1, dtype=torch.int64, device=labels_BHW.device)
+    counts = counts.scatter_add_(0, slot_BHW.flatten(), torch.ones_like(slot_BHW).flatten())
+    counts = (counts if sum_over_ranks is None else sum_over_ranks(counts))[:classes].float()
+    weight = torch.where(counts > 0, counts.clamp(min=1) ** -power, 0.0)
+    weight = weight * (counts.sum() / (weight * counts).sum().clamp(min=1e-12))
+    return F.pad(weight, (0, 1))[slot_BHW]
 
 
 def ohem_cross_entropy(
@@ -202,6 +235,9 @@ def labeled_loss(
     """The loss of labeled images by a criterion: (sum with gradient, number of pixels it is the mean over)."""
     if criterion.name == "ce":
         return pixel_cross_entropy(logits_BKHW, labels_BHW)
+    if criterion.name == "balanced":
+        weight_BHW = class_balance(labels_BHW, logits_BKHW.shape[1], criterion.power, across.sum)
+        return pixel_cross_entropy(logits_BKHW, labels_BHW, weight_BHW=weight_BHW)
     loss_BHW = _cross_entropy_map(logits_BKHW, labels_BHW, IGNORE)
     true_BHW, annotated_BHW = _true_probability(loss_BHW), labels_BHW != IGNORE
     if criterion.scope == "global":

@@ -10,6 +10,7 @@ from raysemi.errors import ConfigError
 from raysemi.ops.losses import (
     IGNORE,
     Criterion,
+    class_balance,
     kl_divergence,
     labeled_loss,
     ohem_cross_entropy,
@@ -210,6 +211,42 @@ def test_local_scope_keeps_its_share():
         assert (total / count).item() == pytest.approx(ohem_cross_entropy(logits, labels, 0.7, share).item())
 
 
+def test_balance_by_hand():
+    labels = torch.tensor([[[0, 0, 0, 0, 2, IGNORE]]])  # 4 pixels of class 0, none of 1, one of 2
+    # 4 ** -0.5 = 1/2 each and 1: in sum 3 over 5 pixels
+    half = class_balance(labels, 3, 0.5)
+    torch.testing.assert_close(half, torch.tensor([[[5 / 6] * 4 + [5 / 3, 0.0]]]))
+    # every class the same in sum: 5/2
+    torch.testing.assert_close(class_balance(labels, 3, 1.0), torch.tensor([[[5 / 8] * 4 + [5 / 2, 0.0]]]))
+    torch.testing.assert_close(class_balance(labels, 3, 0.0), torch.tensor([[[1.0] * 5 + [0.0]]]))
+
+
+def test_balanced_criterion_is_the_weighted_mean_of_all_annotated_pixels():
+    logits, labels = make(24)
+    ce = torch.from_numpy(cross_entropy(logits.numpy(), labels.numpy()))
+    total, count = labeled_loss(Criterion(name="balanced", power=0.7), logits, labels, OneRank())
+    weight = torch.zeros_like(ce)
+    for label in labels.unique():
+        if label != IGNORE:
+            weight[labels == label] = (labels == label).sum() ** -0.7
+    weight /= weight[labels != IGNORE].mean()
+    assert count.item() == (labels != IGNORE).sum()
+    assert total.item() == pytest.approx((weight * ce).sum().item(), rel=1e-6)
+    assert total.item() != pytest.approx(ce.sum().item(), rel=1e-3)
+
+
+def test_balance_does_not_depend_on_the_number_of_ranks():
+    labels = make(25, images=4)[1]
+    labels[0] = 1  # shards of very different classes
+    counts = []
+    for rank in range(2):
+        class_balance(labels[2 * rank :][:2], 5, 0.5, lambda x: counts.append(x) or x)
+    shards = [class_balance(labels[2 * rank :][:2], 5, 0.5, lambda x: counts[0] + counts[1]) for rank in range(2)]
+    whole = class_balance(labels, 5, 0.5)
+    assert torch.equal(torch.cat(shards), whole)
+    assert not torch.equal(torch.cat([class_balance(labels[2 * rank :][:2], 5, 0.5) for rank in range(2)]), whole)
+
+
 def test_default_criterion_is_cross_entropy():
     logits, labels = make(21)
     assert labeled_loss(Criterion(), logits, labels, OneRank()) == pixel_cross_entropy(logits, labels)
@@ -219,7 +256,12 @@ def test_all_ignored_gives_zero():
     logits, labels = make(22)
     labels.fill_(IGNORE)
     logits.requires_grad_()
-    for criterion in (Criterion(), Criterion(name="ohem"), Criterion(name="ohem", scope="local")):
+    for criterion in (
+        Criterion(),
+        Criterion(name="ohem"),
+        Criterion(name="ohem", scope="local"),
+        Criterion(name="balanced"),
+    ):
         total, count = labeled_loss(criterion, logits, labels, OneRank())
         total.backward()
         assert total.item() == count.item() == 0.0
@@ -239,7 +281,7 @@ def test_ohem_refuses_what_it_cannot_mean():
 def test_no_host_wait():
     logits = torch.empty(2, 5, 7, 9, device="meta")  # a meta tensor has nothing to read
     labels = torch.empty(2, 7, 9, device="meta", dtype=torch.int64)
-    for name, scope in (("ce", "global"), ("ohem", "global"), ("ohem", "local")):
+    for name, scope in (("ce", "global"), ("ohem", "global"), ("ohem", "local"), ("balanced", "global")):
         total, count = labeled_loss(Criterion(name=name, scope=scope), logits, labels, OneRank())
         assert total.shape == count.shape == ()
 
