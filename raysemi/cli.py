@@ -98,7 +98,8 @@ def pack(
     out: Annotated[Path, typer.Option(help="Folder for the pools.")],
     root: Annotated[Path | None, typer.Option(help="Folder of the data set.")] = None,
     split: Annotated[
-        str | None, typer.Option(help="Labeled images: NAME of a list, FILE, or a number to draw.")
+        str | None,
+        typer.Option(help="Labeled images: NAME of a list, FILE, or a number to draw; default: all with a mask."),
     ] = None,
     pools: Annotated[str, typer.Option(help="Which pools to write.")] = "labeled,unlabeled,val",
     seed: Annotated[int, typer.Option(help="Of the draw when --split is a number.")] = 0,

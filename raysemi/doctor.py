@@ -53,8 +53,6 @@ def examine(path: str | Path = ".", *, start_ray: bool = True) -> list[Finding]:
     ]
     if start_ray and findings[-1].state == "ok":
         findings.append(_ray_starts())
-    advice = "Needed for ZeRO alone: `pip install 'raysemi[deepspeed]'`."
-    findings.append(_package("deepspeed", advice, absent="warning"))
     return [*findings, _cores(), _memory(), _shared_memory(), _disk(Path(path)), _open_files()]
 
 
@@ -66,11 +64,11 @@ def as_json(findings: list[Finding]) -> dict[str, Any]:
     }
 
 
-def _package(name: str, advice: str, absent: Literal["warning", "missing"] = "missing") -> Finding:
+def _package(name: str, advice: str) -> Finding:
     try:
         return Finding(name, "ok", importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
-        return Finding(name, absent, "not installed", advice)
+        return Finding(name, "missing", "not installed", advice)
 
 
 def _devices() -> Finding:
@@ -82,7 +80,7 @@ def _devices() -> Finding:
         of = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
         return Finding("devices", "ok", ", ".join(f"{gpu.name} {_gib(gpu.total_memory)}" for gpu in of))
     if torch.backends.mps.is_available():
-        return Finding("devices", "ok", "Apple MPS", "One process only: ray.num_workers=1.")
+        return Finding("devices", "ok", "Apple MPS", "Used with ray=none; Ray's workers train on the CPU here.")
     built = torch.version.cuda
     advice = "Fine for small runs. " + (
         "torch sees no GPU: where there is one, look at its driver (`nvidia-smi`)."

@@ -29,7 +29,7 @@ class DataError(RaysemiError, ValueError):
 
 
 class DataFailure(DataError):
-    """Writing a pool failed for what is no mistake in it (no room on the disk, a killed process)."""
+    """Reading or writing a pool failed for what is no mistake in it (no room, no answer, a killed process)."""
 
 
 class CheckpointError(RaysemiError, RuntimeError):

@@ -34,7 +34,7 @@ from raysemi.data.views import (
     valid_view,
     weak_view,
 )
-from raysemi.errors import ConfigError, DataError, RaysemiError
+from raysemi.errors import ConfigError, DataError, DataFailure, RaysemiError
 from raysemi.ops import photometric
 
 _log = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ class Stream:
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error):
                     raise
-                raise DataError(
+                raise DataFailure(
                     f"loader processes must stay alive; got: {error}. Free memory or shared memory (/dev/shm), or "
                     f"lower data.loader_processes."
                 ) from error

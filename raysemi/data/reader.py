@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from raysemi.data.pool import NOT_ANNOTATED, Pool, Row
-from raysemi.errors import DataError
+from raysemi.errors import DataError, DataFailure
 
 LARGEST_PIXELS = 89_478_485
 """Pixels of the largest image that is decoded, Pillow's own bound: a small file may claim to be huge."""
@@ -23,6 +23,7 @@ MOST_OPEN_SHARDS = 128
 MOST_REPLACEMENTS = 16
 
 _FORMATS = ("JPEG", "PNG", "WEBP")
+_NOT_THERE = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
 _BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
 
 
@@ -154,7 +155,8 @@ class Reader:
         try:
             payload: bytes = self._shard(row.shard).read_at(length, offset)
         except OSError as error:
-            raise DataError(
+            kind = DataError if isinstance(error, _NOT_THERE) else DataFailure
+            raise kind(
                 f"{self._where(row)}: shard must be readable; got {error}. Check the disk or the network."
             ) from error
         if len(payload) != length:

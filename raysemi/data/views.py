@@ -1,8 +1,8 @@
 """Weak views of an image with its label, CutMix boxes, and the step from a loader's bytes to a batch on its device.
 
-Family A of `methods/data-and-eval.md`, section 3: random resize, padding right and below, crop, flip. Scale and crop
-are drawn first; then only what the crop shows is resized, from the same pixels as if the whole image had been. Every
-draw is a function of (seed, pass, key) and what it is for.
+The recipe of UniMatch's code: random resize, padding right and below, crop, flip. Scale and crop are drawn first; then
+only what the crop shows is resized, from the same pixels as if the whole image had been. Every draw is a function of
+(seed, pass, key) and what it is for.
 Axes: L labeled, U unlabeled images, V strong views, S side of the crop, H x W pixels.
 """
 

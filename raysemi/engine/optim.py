@@ -1,6 +1,6 @@
 """Parameter groups, optimizer and learning-rate schedule; a step that is not finite leaves no trace.
 
-Source: two groups (encoder, everything else), SGD, poly decay: `docs/architecture.md`, UniMatch and DeepLab recipes.
+Source: the recipes of UniMatch and DeepLab: two groups (encoder, everything else), SGD, poly decay.
 """
 
 from __future__ import annotations

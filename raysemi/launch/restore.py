@@ -86,8 +86,21 @@ def open_pools(config: RunConfig) -> Pools:
     return Pools(pools["labeled"], pools["val"], unlabeled)
 
 
-MAY_CHANGE = ("run", "ray.", "train.stop_at", "train.log_every", "train.checkpoint_every", "train.keep", "eval.")
-"""Settings that may differ when a run goes on (its folder may have moved); anything else makes it another run."""
+MAY_CHANGE = (
+    "run",
+    "ray.",
+    "train.stop_at",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep",
+    "eval.",
+    "data.on_corrupt",
+    "data.corrupt_limit",
+    "data.loader_processes",
+    "data.prefetch",
+)
+"""Settings that may differ when a run goes on: its folder may have moved, and an error may have told the user to change
+one. Anything else makes it another run."""
 
 
 def refuse_another_run(config: RunConfig) -> None:

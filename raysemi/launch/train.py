@@ -18,7 +18,7 @@ from typing import Any
 
 from raysemi import config_io
 from raysemi.config import RayConfig, RunConfig, check_world
-from raysemi.errors import ConfigError, DataError, RaysemiError
+from raysemi.errors import ConfigError, DataError, DataFailure, RaysemiError
 from raysemi.launch.board import Board, OnLog, ToBoard, post_fault, relay
 from raysemi.launch.cluster import Cluster, connected, worker_resources
 from raysemi.launch.restore import open_pools, refuse_another_run
@@ -139,14 +139,11 @@ def may_go_better(error: BaseException) -> bool:
     So it is after a death (of a worker or of a loader process) and where a disk or an object store did not answer; a
     corrupt sample, a missing file and a wrong setting would be met again.
     """
-    if type(error) is RaysemiError:
+    if type(error) in (RaysemiError, DataFailure):
         return True
+    mistake = FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError
     cause = error.__cause__
-    if type(error) is not DataError:  # a corrupt sample is a kind of its own
-        return False
-    if isinstance(cause, OSError):
-        return not isinstance(cause, FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError)
-    return isinstance(cause, RuntimeError) and "DataLoader worker" in str(cause)
+    return type(error) is DataError and isinstance(cause, OSError) and not isinstance(cause, mistake)
 
 
 def _trainer(config: RunConfig, settings: RayConfig, cluster: Cluster, work: dict[str, Any], folder: str) -> Any:

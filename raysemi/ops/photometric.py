@@ -1,8 +1,8 @@
 """Colour jitter, greyscale and blur of a batch on its device, each image with its own drawn parameters.
 
 Order: jitter (brightness, contrast, saturation and hue, in a drawn order), greyscale, Gaussian blur.
-Source: UniMatch's recipe (`methods/data-and-eval.md` section 3, steps 5-7); the four operations are torchvision's on
-float images. Differs: a true Gaussian of at most 4 sigma, where PIL stacks three box filters.
+Source: UniMatch's recipe; the four operations are torchvision's on float images. Differs: a true Gaussian of at most
+4 sigma, where PIL stacks three box filters.
 
 Brightness, contrast, saturation and greyscale are one formula, out = clamp(f * image + (1 - f) * reference), whose
 reference is black, the image's mean grey, or the pixel's grey. So the batch runs through three blends, the hue, and

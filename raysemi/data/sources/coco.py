@@ -69,7 +69,7 @@ class Coco(FileSource):
             listing = self._annotated(part, folder_items(images, None))
         if part == "train" and self._check and images.name == "train2017" and len(listing) != _TRAIN_2017:
             raise DataError(
-                f"{images} must hold {_TRAIN_2017} images; got {len(listing)}. Complete it, or turn the check off."
+                f"{images} must hold {_TRAIN_2017} images; got {len(listing)}. Complete it, or add `check=false`."
             )
         return listing
 

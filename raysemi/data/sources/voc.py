@@ -108,12 +108,12 @@ def check_augmented(ids: Iterable[str], root: Path) -> None:
     if len(ordered) != _AUGMENTED:
         raise DataError(
             f"augmented train list of {root} must have {_AUGMENTED} images (masks of VOC and SBD without VOC's val); "
-            f"got {len(ordered)}. Complete SegmentationClassAug or SBD's cls folder, or turn the check off."
+            f"got {len(ordered)}. Complete SegmentationClassAug or SBD's cls folder, or add `check=false`."
         )
     if hashlib.sha256("".join(f"{id_}\n" for id_ in ordered).encode()).hexdigest() != _AUGMENTED_SHA256:
         raise DataError(
             f"augmented train list of {root} must be the papers' {_AUGMENTED} images; got as many others. Check that "
-            f"val.txt is VOC 2012's segmentation val list, or turn the check off."
+            f"val.txt is VOC 2012's segmentation val list, or add `check=false`."
         )
 
 

@@ -9,7 +9,7 @@ from raysemi.data import loader
 from raysemi.data.loader import DataConfig, Stream, loader_processes
 from raysemi.data.order import Order
 from raysemi.data.reader import Reader
-from raysemi.errors import ConfigError, DataError
+from raysemi.errors import ConfigError, DataError, DataFailure
 
 SIDE = 24
 
@@ -219,7 +219,7 @@ def test_a_dead_loader_process_is_explained(pools, monkeypatch):
     import signal
 
     monkeypatch.setattr(loader._Steps, "_batch", lambda self, step, skipped: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(DataError, match=r"loader processes must stay alive.*data\.loader_processes"):
+    with pytest.raises(DataFailure, match=r"loader processes must stay alive.*data\.loader_processes"):
         list(stream(pools, loader_processes=1))
 
 

@@ -9,7 +9,7 @@ from pyarrow import fs
 
 from raysemi.data import reader as module
 from raysemi.data.reader import CorruptSample, Reader
-from raysemi.errors import DataError
+from raysemi.errors import DataError, DataFailure
 
 
 def damage(key, suffix, payload):
@@ -112,7 +112,17 @@ def test_a_missing_shard_is_never_skipped(tmp_path, make_pool):
     os.remove(tmp_path / "p-000001.tar")
     with pytest.raises(DataError, match=r"p-000001\.tar") as caught:
         Reader(pool, "skip").sample(7)
-    assert not isinstance(caught.value, CorruptSample)
+    assert type(caught.value) is DataError  # neither a corrupt sample nor a failure around it
+
+
+def test_a_store_that_does_not_answer_is_no_mistake(tmp_path, make_pool, monkeypatch):
+    def silent(self, name):
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    pool = make_pool(tmp_path)
+    monkeypatch.setattr(type(pool), "open_shard", silent)
+    with pytest.raises(DataFailure, match="shard must be readable; got .*Connection reset"):
+        Reader(pool).image(0)
 
 
 def test_a_sample_without_a_mask(tmp_path, make_pool):

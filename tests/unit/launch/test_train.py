@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from raysemi.data.reader import CorruptSample
-from raysemi.errors import CheckpointError, ConfigError, DataError, RaysemiError
+from raysemi.errors import CheckpointError, ConfigError, DataError, DataFailure, RaysemiError
 from raysemi.launch.train import may_go_better
 
 
@@ -18,10 +18,10 @@ def caused(error: Exception, cause: Exception) -> Exception:
     "error",
     [
         RaysemiError("workers must stay alive; got rank 1: ActorDiedError"),
-        caused(DataError("shard must be readable"), OSError("AWS Error NETWORK_CONNECTION: curlCode: 28")),
+        caused(DataError("index must be readable"), OSError("AWS Error NETWORK_CONNECTION: curlCode: 28")),
         caused(DataError("shard must be readable"), ConnectionResetError(104, "Connection reset by peer")),
-        caused(DataError("shard must be readable"), TimeoutError()),
-        caused(DataError("loader processes must stay alive"), RuntimeError("DataLoader worker (pid 7) is killed")),
+        caused(DataFailure("shard must be readable"), TimeoutError()),
+        caused(DataFailure("loader processes must stay alive"), RuntimeError("DataLoader worker (pid 7) is killed")),
     ],
     ids=str,
 )
