@@ -121,7 +121,7 @@ def test_a_store_that_does_not_answer_is_no_mistake(tmp_path, make_pool, monkeyp
 
     pool = make_pool(tmp_path)
     monkeypatch.setattr(type(pool), "open_shard", silent)
-    with pytest.raises(DataFailure, match="shard must be readable; got .*Connection reset"):
+    with pytest.raises(DataFailure, match=r"shard must be readable; got .*Connection reset"):
         Reader(pool).image(0)
 
 
