@@ -13,8 +13,8 @@ from raysemi.config import RunConfig
 from raysemi.data.types import SemiBatch
 from raysemi.methods.base import SingleRank, StepContext
 from raysemi.models.decoders import DeepLabV3Plus
-from raysemi.models.encoders import Encoder
-from raysemi.models.segmentor import Features, Prediction, Segmentor
+from raysemi.models.encoders import Encoder, Features
+from raysemi.models.segmentor import Channels, Prediction, Segmentor
 
 
 class TinyEncoder(Encoder):
@@ -24,19 +24,19 @@ class TinyEncoder(Encoder):
         low = nn.Sequential(nn.Conv2d(3, 6, 3, stride=4, padding=1), nn.BatchNorm2d(6), nn.ReLU())
         high = nn.Sequential(nn.Conv2d(6, 10, 3, stride=2, padding=1), nn.BatchNorm2d(10), nn.ReLU())
         net = nn.ModuleDict({"low": low, "high": high})
-        super().__init__(net, 6, 10, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        super().__init__(net, (6, 10), 6, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
     def classifier_shapes(self) -> dict[str, torch.Size]:
         return {}
 
-    def forward(self, images_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images_B3HW: Tensor) -> Features:
         low_BDhw = self.net["low"](images_B3HW)
-        return low_BDhw, self.net["high"](low_BDhw)
+        return Features((low_BDhw, self.net["high"](low_BDhw)), low_BDhw)
 
 
 def tiny_segmentor(
     num_classes: int,
-    heads_of: Callable[[int, int], dict[str, nn.Module]] | None = None,
+    heads_of: Callable[[Channels], dict[str, nn.Module]] | None = None,
     seed: int = 0,
     frozen: bool = False,
 ) -> Segmentor:
@@ -45,7 +45,8 @@ def tiny_segmentor(
         torch.manual_seed(seed)
         encoder = TinyEncoder()
         decoder = DeepLabV3Plus(6, 10, num_classes, channels=8, low_channels=4, rates=(1, 2, 3))
-        heads = {} if heads_of is None else heads_of(6, 10)
+        channels = Channels((6, 10), 6, decoder.joined_channels, decoder.penultimate_channels)
+        heads = {} if heads_of is None else heads_of(channels)
         return Segmentor(encoder, decoder, heads, num_classes, frozen=frozen)
 
 
@@ -58,7 +59,7 @@ class PixelNet(nn.Module):
 
     def forward(self, images_B3HW: Tensor) -> Prediction:
         logits_BKHW = torch.einsum("kc,bchw->bkhw", self.factor_K3, images_B3HW)
-        return Prediction(logits_BKHW, Features(logits_BKHW, logits_BKHW), logits_BKHW)
+        return Prediction(logits_BKHW, Features((logits_BKHW, logits_BKHW)), logits_BKHW, logits_BKHW)
 
 
 def semi_batch(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from raysemi.base import Config, choices, search
 from raysemi.data.types import SemiBatch
-from raysemi.models.segmentor import Segmentor
+from raysemi.models.segmentor import Channels, Segmentor
 from raysemi.ops import draws
 from raysemi.ops.losses import Objective
 
@@ -119,11 +119,11 @@ class Method(nn.Module, ABC):
     def __init__(self, config: Any, num_classes: int) -> None:
         super().__init__()
 
-    def heads(self, low_channels: int, high_channels: int) -> dict[str, nn.Module]:
+    def heads(self, channels: Channels) -> dict[str, nn.Module]:
         """Extra heads that the student needs, by name; `context.student.heads[name]` in a step. None by default.
 
         Args:
-            low_channels, high_channels: channels of the encoder's two maps.
+            channels: of the maps that a head may read.
         """
         return {}
 

@@ -51,6 +51,7 @@ from raysemi.methods.propagation import (
 )
 from raysemi.models.decoders import resize
 from raysemi.models.heads import CorrelationHead
+from raysemi.models.segmentor import Channels
 from raysemi.ops.losses import (
     Criterion,
     Objective,
@@ -236,10 +237,10 @@ class DerProp(Method):
         self.average = Average(kind="period", ratio=kept.ratio, at=kept.at) if config.has_momentum else Average()
         self.register_buffer("threshold", torch.tensor(config.threshold.initial, dtype=torch.float32))
 
-    def heads(self, low_channels: int, high_channels: int) -> dict[str, nn.Module]:
+    def heads(self, channels: Channels) -> dict[str, nn.Module]:
         """The projections."""
         shared = self.config.deriv.heads == "shared"
-        return {"correlation": CorrelationHead(high_channels, self.channels, HIDDEN, shared)}
+        return {"correlation": CorrelationHead(channels.maps[-1], self.channels, HIDDEN, shared)}
 
     def alpha(self, step: int, steps: int, period: int) -> float:
         """Share of propagated logits in the blend, in [0, alpha_max); 0 in the first period."""

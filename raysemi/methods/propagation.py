@@ -18,8 +18,9 @@ from torch import Tensor
 from raysemi.base import Config, choices
 from raysemi.data.types import SemiBatch
 from raysemi.methods.base import StepContext
+from raysemi.methods.perturbation import with_perturbed
 from raysemi.models.decoders import resize
-from raysemi.models.segmentor import Features, Segmentor
+from raysemi.models.segmentor import Segmentor
 from raysemi.ops.losses import Criterion, Objective, labeled_loss, supervised
 from raysemi.ops.mixing import inside, paste
 from raysemi.ops.pseudo_label import confidence_and_label, peaks_by_class, update_threshold
@@ -132,15 +133,11 @@ def weak_pass(batch: SemiBatch, context: StepContext, perturb: bool) -> tuple[Vi
             context.keep(batch.slots_U, "correlation/weak", HIDDEN, _HEAD_DROP),
         )
     )
-    projections = Projections.of(*context.student.heads["correlation"](features.high_BCHW, keep_BC=keep_BC))
-    cells = features.high_BCHW.shape[2], features.high_BCHW.shape[3]
+    projections = Projections.of(*context.student.heads["correlation"](features.high_BDhw, keep_BC=keep_BC))
+    cells = features.high_BDhw.shape[2], features.high_BDhw.shape[3]
     if perturb and len(batch.weak_U3HW) > 0:
-        maps = []
-        for name, map_BCHW in (("fp/low", features.low_BCHW), ("fp/high", features.high_BCHW)):
-            keep_UC = context.keep(batch.slots_U, name, map_BCHW.shape[1], _FEATURE_DROP).to(map_BCHW.dtype)
-            maps.append(torch.cat((map_BCHW, map_BCHW[num_labeled:] * keep_UC[:, :, None, None])))
-        features = Features(*maps)
-    logits_BKHW, _ = context.student.decode(features, images_B3HW.shape[-2:])
+        features = with_perturbed(features, slice(num_labeled, None), batch.slots_U, _FEATURE_DROP, context)
+    logits_BKHW = context.student.decode(features, images_B3HW.shape[-2:]).logits_BKHW
     clean_BKHW, perturbed_UKHW = at_least_fp32(logits_BKHW).tensor_split([len(images_B3HW)])
     return View(clean_BKHW, projections, cells), perturbed_UKHW if len(perturbed_UKHW) > 0 else None
 
@@ -172,9 +169,9 @@ def momentum_pass(batch: SemiBatch, context: StepContext) -> View:
 
 def _see(network: Segmentor, images_B3HW: Tensor, keep_BC: Tensor | None) -> View:
     features = network.encode(images_B3HW)
-    projections = Projections.of(*network.heads["correlation"](features.high_BCHW, keep_BC=keep_BC))
-    logits_BKHW, _ = network.decode(features, images_B3HW.shape[-2:])
-    return View(at_least_fp32(logits_BKHW), projections, (features.high_BCHW.shape[2], features.high_BCHW.shape[3]))
+    projections = Projections.of(*network.heads["correlation"](features.high_BDhw, keep_BC=keep_BC))
+    logits_BKHW = network.decode(features, images_B3HW.shape[-2:]).logits_BKHW
+    return View(at_least_fp32(logits_BKHW), projections, (features.high_BDhw.shape[2], features.high_BDhw.shape[3]))
 
 
 @dataclass(frozen=True)

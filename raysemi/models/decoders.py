@@ -86,9 +86,16 @@ class DeepLabV3Plus(nn.Module):
         self.reduce = _conv(low_in, low_channels, 1)
         self.fuse = nn.Sequential(_conv(low_channels + channels, channels, 3), _conv(channels, channels, 3))
         self.classifier = nn.Conv2d(channels, num_classes, 1)
+        self.joined_channels = low_channels + channels
+        self.penultimate_channels = channels
 
-    def forward(self, low_BDhw: Tensor, high_BDhw: Tensor) -> tuple[Tensor, Tensor]:
-        """Two maps -> (logits_BKhw, penultimate_BDhw), both at the size of the low map."""
+    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Low and high map -> (logits_BKhw, penultimate_BDhw, joined_BDhw), all at the size of the low map.
+
+        The joined map is what the two convolutions before the classifier read.
+        """
+        low_BDhw, high_BDhw = maps
         high_BDhw = resize(self.pyramid(high_BDhw), low_BDhw.shape[-2:])
-        penultimate_BDhw = self.fuse(torch.cat((self.reduce(low_BDhw), high_BDhw), dim=1))
-        return self.classifier(penultimate_BDhw), penultimate_BDhw
+        joined_BDhw = torch.cat((self.reduce(low_BDhw), high_BDhw), dim=1)
+        penultimate_BDhw = self.fuse(joined_BDhw)
+        return self.classifier(penultimate_BDhw), penultimate_BDhw, joined_BDhw

@@ -1,4 +1,4 @@
-"""Encoders by name: images in, a low (stride 4) and a high (stride 8 or 16) feature map out.
+"""Encoders by name: images in, the feature maps that decoder and heads read out.
 
 `resnet50` and `resnet101` are the papers' networks: with the deep stem (three 3x3 convolutions, timm's `resnet50s`,
 `resnet101s`) or the plain one (torchvision's). Every other name is a convolutional network of timm.
@@ -11,6 +11,7 @@ import difflib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -25,26 +26,43 @@ _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _LITE0 = ((127 / 255,) * 3, (128 / 255,) * 3)  # its published weights saw (x - 127) / 128
 
 
+@dataclass(frozen=True)
+class Features:
+    """What the encoder sees in some images."""
+
+    maps: tuple[Tensor, ...]
+    """The maps that the decoder reads, [B, D, h, w] each, finest first; of a convolutional network those at stride 4
+    and at the output stride (8 or 16)."""
+    middle_BDhw: Tensor | None = None
+    """The last map but one of a convolutional network (of a ResNet: stage 3), which auxiliary heads read."""
+
+    @property
+    def high_BDhw(self) -> Tensor:
+        """The last map that the decoder reads."""
+        return self.maps[-1]
+
+
 class Encoder(nn.Module, ABC):
     """A classification network without its classifier.
 
     Args:
         net: the network.
-        low_channels, high_channels: channels of the two maps.
+        channels: of each of `Features.maps`.
+        middle_channels: of `Features.middle_BDhw`; None where there is none.
         statistics: mean and standard deviation of its input, RGB in [0, 1].
     """
 
     def __init__(
         self,
         net: nn.Module,
-        low_channels: int,
-        high_channels: int,
+        channels: tuple[int, ...],
+        middle_channels: int | None,
         statistics: tuple[tuple[float, ...], tuple[float, ...]],
     ) -> None:
         super().__init__()
         self.net = net
-        self.low_channels = low_channels
-        self.high_channels = high_channels
+        self.channels = channels
+        self.middle_channels = middle_channels
         self.statistics = statistics
 
     def published_names(self) -> dict[str, str]:
@@ -56,8 +74,8 @@ class Encoder(nn.Module, ABC):
         """Every tensor of the whole classifier, by published name in its published order, with its shape."""
 
     @abstractmethod
-    def forward(self, images_B3HW: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised images -> (low_BDhw at stride 4, high_BDhw at the output stride)."""
+    def forward(self, images_B3HW: Tensor) -> Features:
+        """Features of normalised images."""
 
 
 class TimmEncoder(Encoder):
@@ -106,7 +124,7 @@ class TimmEncoder(Encoder):
         statistics: tuple[tuple[float, ...], tuple[float, ...]] = _LITE0
         if name != LITE0:
             statistics = _IMAGENET if published is None else (tuple(published.mean), tuple(published.std))
-        super().__init__(net, channels[low], channels[-1], statistics)
+        super().__init__(net, (channels[low], channels[-1]), channels[-2], statistics)
         self._name = name
         self._low = low
 
@@ -127,10 +145,10 @@ class TimmEncoder(Encoder):
             whole = timm.create_model(self._name, pretrained=False)
         return {name: tensor.shape for name, tensor in whole.state_dict().items()}
 
-    def forward(self, images_B3HW: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised images -> (low_BDhw at stride 4, high_BDhw at the output stride)."""
+    def forward(self, images_B3HW: Tensor) -> Features:
+        """Features of normalised images."""
         maps = self.net(images_B3HW)
-        return maps[self._low], maps[-1]
+        return Features((maps[self._low], maps[-1]), maps[-2])
 
 
 class PlainResNet(Encoder):
@@ -147,18 +165,19 @@ class PlainResNet(Encoder):
         net = get_model(name, weights=None, replace_stride_with_dilation=[False, output_stride == 8, True])
         self._classifier = {key: tensor.shape for key, tensor in net.state_dict().items()}
         net.fc = nn.Identity()
-        super().__init__(net, 256, 2048, _IMAGENET)
+        super().__init__(net, (256, 2048), 1024, _IMAGENET)
 
     def classifier_shapes(self) -> Mapping[str, torch.Size]:
         """Every tensor of torchvision's whole classifier, by published name, with its shape."""
         return self._classifier
 
-    def forward(self, images_B3HW: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised images -> (low_BDhw at stride 4, high_BDhw at the output stride)."""
+    def forward(self, images_B3HW: Tensor) -> Features:
+        """Features of normalised images."""
         net: Any = self.net  # its layers are attributes of torchvision's class
         x = net.maxpool(net.relu(net.bn1(net.conv1(images_B3HW))))
         low = net.layer1(x)
-        return low, net.layer4(net.layer3(net.layer2(low)))
+        middle = net.layer3(net.layer2(low))
+        return Features((low, net.layer4(middle)), middle)
 
 
 def build_encoder(name: str, stem: Literal["deep", "plain"], output_stride: int) -> Encoder:

@@ -17,20 +17,24 @@ from torch import Tensor, nn
 
 from raysemi.base import Config, choices
 from raysemi.models.decoders import DeepLabV3Plus, resize
-from raysemi.models.encoders import LITE0, PAPER_RESNETS, Encoder, build_encoder
+from raysemi.models.encoders import LITE0, PAPER_RESNETS, Encoder, Features, build_encoder
 from raysemi.models.weights import load_encoder
 
 _RATES = {16: (6, 12, 18), 8: (12, 24, 36)}
 
 
 @dataclass(frozen=True)
-class Features:
-    """What the encoder sees in an image."""
+class Channels:
+    """Channels of everything that a method's head may read."""
 
-    low_BCHW: Tensor
-    """Map at stride 4."""
-    high_BCHW: Tensor
-    """Last map, at the output stride (8 or 16)."""
+    maps: tuple[int, ...]
+    """Of `Features.maps`."""
+    middle: int | None
+    """Of `Features.middle_BDhw`."""
+    joined: int
+    """Of `Prediction.joined_BDhw`."""
+    penultimate: int
+    """Of `Prediction.penultimate_BDhw`."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class Prediction:
     features: Features
     penultimate_BDhw: Tensor
     """Input of the classifier, after ReLU, at stride 4."""
+    joined_BDhw: Tensor
+    """All that the decoder has gathered, before the convolutions that make the penultimate map of it, at stride 4."""
 
 
 class ModelConfig(Config):
@@ -89,7 +95,7 @@ class Segmentor(nn.Module):
 
     Args:
         encoder: see `encoders.build_encoder`.
-        decoder: (low_BDhw, high_BDhw) -> (logits_BKhw, penultimate_BDhw).
+        decoder: `Features.maps` -> (logits_BKhw, penultimate_BDhw, joined_BDhw); see `decoders.DeepLabV3Plus`.
         heads: extra heads of a method, by name.
         num_classes: K.
         frozen: keep BatchNorm as it is.
@@ -106,8 +112,6 @@ class Segmentor(nn.Module):
         self.decoder = decoder
         self.heads = nn.ModuleDict(heads)
         self.num_classes = num_classes
-        self.low_channels = encoder.low_channels
-        self.high_channels = encoder.high_channels
         self.frozen = frozen
         mean, std = (torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1) for values in encoder.statistics)
         self.register_buffer("mean", mean)
@@ -139,24 +143,23 @@ class Segmentor(nn.Module):
 
     def encode(self, images_B3HW: Tensor) -> Features:
         """Features of RGB images in [0, 1], any size."""
-        return Features(*self.encoder((images_B3HW - self.mean) / self.std))
+        features: Features = self.encoder((images_B3HW - self.mean) / self.std)
+        return features
 
-    def decode(self, features: Features, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Features -> (logits_BKHW at `size` = (H, W), penultimate_BDhw)."""
-        logits_BKhw, penultimate_BDhw = self.decoder(features.low_BCHW, features.high_BCHW)
-        return resize(logits_BKhw, size), penultimate_BDhw
+    def decode(self, features: Features, size: Sequence[int]) -> Prediction:
+        """Prediction from features, the logits at `size` = (H, W)."""
+        logits_BKhw, penultimate_BDhw, joined_BDhw = self.decoder(features.maps)
+        return Prediction(resize(logits_BKhw, size), features, penultimate_BDhw, joined_BDhw)
 
     def forward(self, images_B3HW: Tensor) -> Prediction:
         """Prediction for RGB images in [0, 1], float, any size."""
-        features = self.encode(images_B3HW)
-        logits_BKHW, penultimate_BDhw = self.decode(features, images_B3HW.shape[-2:])
-        return Prediction(logits_BKHW, features, penultimate_BDhw)
+        return self.decode(self.encode(images_B3HW), images_B3HW.shape[-2:])
 
 
 def build_segmentor(
     config: ModelConfig,
     num_classes: int,
-    heads_of: Callable[[int, int], dict[str, nn.Module]] | None,
+    heads_of: Callable[[Channels], dict[str, nn.Module]] | None,
     seed: int,
 ) -> Segmentor:
     """The network with its first weights, on the CPU in float32.
@@ -167,7 +170,7 @@ def build_segmentor(
     Args:
         config: `model.*`.
         num_classes: K.
-        heads_of: (low_channels, high_channels) of the encoder -> extra heads by name; None = no heads.
+        heads_of: channels of what heads may read -> extra heads by name; None = no heads.
         seed: seed of the run; decides the first weights.
 
     Raises:
@@ -176,12 +179,15 @@ def build_segmentor(
     with _seeded(seed, "encoder"):
         encoder = build_encoder(config.encoder, config.stem, config.output_stride)
     load_encoder(encoder, config.encoder, config.weights)
-    low, high = encoder.low_channels, encoder.high_channels
+    low, high = encoder.channels
     rates = config.atrous_rates or _RATES[config.output_stride]
     with _seeded(seed, "decoder"):
         decoder = DeepLabV3Plus(low, high, num_classes, config.channels, config.low_channels, rates)
     with _seeded(seed, "heads"):
-        heads = {} if heads_of is None else heads_of(low, high)
+        channels = Channels(
+            encoder.channels, encoder.middle_channels, decoder.joined_channels, decoder.penultimate_channels
+        )
+        heads = {} if heads_of is None else heads_of(channels)
     return Segmentor(encoder, decoder, heads, num_classes, frozen=config.batch_norm == "frozen")
 
 

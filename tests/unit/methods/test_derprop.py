@@ -309,7 +309,7 @@ def weak_logits(method, student, batch):
     state = copy.deepcopy(student.state_dict())
     with torch.no_grad():
         images = torch.cat((batch.image_L3HW, batch.weak_U3HW))
-        logits = student.decode(student.encode(images), images.shape[-2:])[0][len(batch.image_L3HW) :]
+        logits = student.decode(student.encode(images), images.shape[-2:]).logits_BKHW[len(batch.image_L3HW) :]
     student.load_state_dict(state)
     return logits
 

@@ -11,7 +11,8 @@ from makers import semi_batch, step_context, tiny_segmentor
 
 from raysemi.methods import METHODS
 from raysemi.methods.base import Average
-from raysemi.models.segmentor import Features, Prediction
+from raysemi.models.encoders import Features
+from raysemi.models.segmentor import Prediction
 
 CLASSES = 4
 TRUSTING = {"fixmatch": {"threshold": 0.2}, "derprop": {"region": {"segments": 6}, "threshold": {"initial": 0.2}}}
@@ -63,7 +64,7 @@ class Right(torch.nn.Module):
         self.logits_UKHW = 20.0 * torch.nn.functional.one_hot(truth_UHW, CLASSES).permute(0, 3, 1, 2)
 
     def forward(self, images_B3HW):
-        return Prediction(self.logits_UKHW, Features(images_B3HW, images_B3HW), images_B3HW)
+        return Prediction(self.logits_UKHW, Features((images_B3HW, images_B3HW)), images_B3HW, images_B3HW)
 
 
 def blocks(seed):

@@ -21,7 +21,7 @@ def test_paper_backbones_have_the_published_number_of_parameters(name: str, stem
     with torch.device("meta"):
         encoder = build_encoder(name, stem, 16)
     assert sum(p.numel() for p in encoder.parameters()) == parameters
-    assert (encoder.low_channels, encoder.high_channels) == (256, 2048)
+    assert (encoder.channels, encoder.middle_channels) == ((256, 2048), 1024)
 
 
 @pytest.mark.parametrize("stem", ["deep", "plain"])
@@ -43,9 +43,11 @@ def test_a_dilated_stage_begins_with_the_dilation_before_the_increase(
 def test_timm_encoders_give_stride_4_and_the_output_stride(name: str, output_stride: int) -> None:
     with torch.device("meta"):
         encoder = build_encoder(name, "deep", output_stride)
-        low, high = encoder(torch.zeros(2, 3, 64, 96))
-    assert low.shape == (2, encoder.low_channels, 16, 24)
-    assert high.shape == (2, encoder.high_channels, 64 // output_stride, 96 // output_stride)
+        features = encoder(torch.zeros(2, 3, 64, 96))
+    low, high = features.maps
+    assert low.shape == (2, encoder.channels[0], 16, 24)
+    assert high.shape == (2, encoder.channels[1], 64 // output_stride, 96 // output_stride)
+    assert features.middle_BDhw.shape[1] == encoder.middle_channels
 
 
 def test_random_residual_blocks_are_not_the_identity() -> None:

@@ -12,13 +12,21 @@ from pydantic import ValidationError
 from torch import nn
 
 from raysemi.errors import ConfigError
-from raysemi.models.segmentor import Features, ModelConfig, Segmentor, build_segmentor
+from raysemi.models.encoders import Features
+from raysemi.models.segmentor import Channels, ModelConfig, Segmentor, build_segmentor
 
 NARROW = ModelConfig(weights="random", channels=16, low_channels=8)
 
 
-def heads(low: int, high: int) -> dict[str, nn.Module]:
-    return {"extra": nn.Sequential(nn.Conv2d(high, 3, 1), nn.BatchNorm2d(3)), "low": nn.Conv2d(low, 2, 1)}
+def heads(channels: Channels) -> dict[str, nn.Module]:
+    low, high = channels.maps
+    read = nn.Conv2d(channels.joined, 2, 1), nn.Conv2d(channels.penultimate, 2, 1)
+    return {
+        "extra": nn.Sequential(nn.Conv2d(high, 3, 1), nn.BatchNorm2d(3)),
+        "low": nn.Conv2d(low, 2, 1),
+        "middle": nn.Conv2d(channels.middle, 2, 1),
+        "read": nn.ModuleList(read),
+    }
 
 
 @pytest.mark.parametrize(
@@ -41,8 +49,8 @@ def test_maps_have_the_published_sizes(stem: str, side: int, low: int, high: int
     with torch.device("meta"):
         network = build_segmentor(ModelConfig(encoder="resnet50", weights="random", stem=stem), 21, None, 0)
         prediction = network(torch.zeros(2, 3, side, side))
-    assert prediction.features.low_BCHW.shape == (2, 256, low, low)
-    assert prediction.features.high_BCHW.shape == (2, 2048, high, high)
+    assert prediction.features.maps[0].shape == (2, 256, low, low)
+    assert prediction.features.high_BDhw.shape == (2, 2048, high, high)
     assert prediction.penultimate_BDhw.shape == (2, 256, low, low)
     assert prediction.logits_BKHW.shape == (2, 21, side, side)
 
@@ -77,14 +85,16 @@ def test_layouts_agree() -> None:
 
 
 def test_forward_is_encode_then_decode_and_images_are_normalised_by_its_own_buffers() -> None:
-    network = build_segmentor(NARROW, 5, None, 1).eval()
+    network = build_segmentor(NARROW, 5, heads, 1).eval()
     images = torch.rand(2, 3, 33, 48)
     prediction = network(images)
-    low, high = network.encoder((images * 255 - 127) / 128)
-    torch.testing.assert_close(prediction.features.high_BCHW, high, rtol=1e-4, atol=1e-4)
-    logits, penultimate = network.decode(Features(low, high), (33, 48))
-    torch.testing.assert_close(logits, prediction.logits_BKHW, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(penultimate, prediction.penultimate_BDhw, rtol=1e-4, atol=1e-4)
+    features = network.encoder((images * 255 - 127) / 128)
+    torch.testing.assert_close(prediction.features.high_BDhw, features.high_BDhw, rtol=1e-4, atol=1e-4)
+    again = network.decode(Features(features.maps), (33, 48))
+    torch.testing.assert_close(again.logits_BKHW, prediction.logits_BKHW, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(again.penultimate_BDhw, prediction.penultimate_BDhw, rtol=1e-4, atol=1e-4)
+    read = network.heads["read"]
+    assert read[0](prediction.joined_BDhw).shape[1:] == read[1](prediction.penultimate_BDhw).shape[1:] == (2, 9, 12)
     assert {"mean", "std"} <= set(network.state_dict())
 
 
@@ -111,9 +121,11 @@ def test_given_weights_leave_the_decoder_as_it_was() -> None:
 
 def test_heads_are_built_for_the_encoders_channels_and_train_with_the_decoder() -> None:
     network = build_segmentor(NARROW, 5, heads, 0)
-    assert (network.low_channels, network.high_channels) == (24, 320)
+    assert network.encoder.channels == (24, 320)
     assert network.heads["extra"][0].in_channels == 320
     assert network.heads["low"].in_channels == 24
+    assert network.heads["middle"].in_channels == network.encoder.middle_channels == 112
+    assert [head.in_channels for head in network.heads["read"]] == [8 + 16, 16]
     others = {id(p) for p in network.other_parameters()}
     assert {id(p) for p in network.heads.parameters()} <= others
     assert not others & {id(p) for p in network.encoder_parameters()}
