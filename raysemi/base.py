@@ -29,6 +29,15 @@ class Config(BaseModel):
         return data | kept
 
 
+def merged(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Settings that lie below those that are given, section by section: what a preset does."""
+    result = dict(defaults)
+    for key, value in given.items():
+        below = result.get(key)
+        result[key] = merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return result
+
+
 def search(low: float, high: float, *, log: bool = False, unit: str = "") -> dict[str, Any]:
     """Search range of a number, for `Field(json_schema_extra=search(...))`: what `raysemi tune` draws from.
 

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from raysemi.base import Config
 from raysemi.methods.base import Method
+from raysemi.methods.corrmatch import CorrMatch, CorrMatchConfig
 from raysemi.methods.derprop import DerProp, DerPropConfig
 from raysemi.methods.fixmatch import FixMatch, FixMatchConfig
+from raysemi.methods.mean_teacher import MeanTeacher, MeanTeacherConfig
 from raysemi.methods.supervised import Supervised, SupervisedConfig
+from raysemi.methods.unimatch import UniMatch, UniMatchConfig
+from raysemi.methods.unimatch_v2 import UniMatchV2, UniMatchV2Config
 
 METHODS: dict[str, tuple[type[Config], type[Method]]] = {
     "supervised": (SupervisedConfig, Supervised),
     "fixmatch": (FixMatchConfig, FixMatch),
+    "mean_teacher": (MeanTeacherConfig, MeanTeacher),
+    "unimatch": (UniMatchConfig, UniMatch),
+    "unimatch_v2": (UniMatchV2Config, UniMatchV2),
+    "corrmatch": (CorrMatchConfig, CorrMatch),
     "derprop": (DerPropConfig, DerProp),
 }

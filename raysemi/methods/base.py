@@ -8,10 +8,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from raysemi.base import Config, choices, search
@@ -64,6 +64,16 @@ class Average(Config):
     at: Literal["end", "start"] = "end"
     """When `period` updates: at the end of each period, or (the reference) at the start of the next: copied at the
     first step, averaged from the second period on."""
+
+
+def _not_none(average: Average) -> Average:
+    if average.kind == "none":
+        raise ValueError("must be ema or period, the method learns from the averaged copy; got none")
+    return average
+
+
+Teacher = Annotated[Average, AfterValidator(_not_none)]
+"""An averaged copy that a method cannot do without."""
 
 
 @dataclass(frozen=True)
@@ -130,3 +140,14 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def objectives(self, batch: SemiBatch, context: StepContext) -> dict[str, Objective]:
         """The terms of the loss, by name, on this rank's share; the same names on all ranks. Never calls backward."""
+
+
+@torch.no_grad()
+def in_eval_mode(student: Segmentor, images_B3HW: Tensor) -> Tensor:
+    """Logits by BatchNorm's running statistics, in which the images leave no trace: [B, K, H, W]."""
+    mode = student.training
+    student.eval()
+    try:
+        return student(images_B3HW).logits_BKHW
+    finally:
+        student.train(mode)

@@ -25,7 +25,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from raysemi.base import Config, choices, search
+from raysemi.base import Config, choices, merged, search
 from raysemi.data.types import SemiBatch
 from raysemi.errors import ConfigError
 from raysemi.methods.base import Average, Method, StepContext
@@ -33,20 +33,25 @@ from raysemi.methods.derivative_maps import DerivativeConfig, DerivativeMaps, Pr
 from raysemi.methods.propagation import (
     HIDDEN,
     CutMixConfig,
+    FeaturePerturbationConfig,
+    KlTarget,
+    Pair,
     RegionConfig,
-    Targets,
+    Taught,
     ThresholdConfig,
     View,
     at_nodes,
+    hard_loss,
     labeled_and_strong_pass,
     labeled_pair,
-    mix,
     momentum_pass,
-    next_threshold,
+    observe_taught,
     outside_box,
+    over_valid,
     propagated,
-    rectify,
+    soft_targets,
     strong_pass,
+    teach,
     weak_pass,
 )
 from raysemi.models.decoders import resize
@@ -56,27 +61,14 @@ from raysemi.ops.losses import (
     Criterion,
     Objective,
     kl_divergence,
-    pixel_cross_entropy,
     soft_cross_entropy,
     supervised,
     unsupervised,
 )
-from raysemi.ops.mixing import inside
 from raysemi.ops.pseudo_label import confidence_and_label
 from raysemi.ops.similarity import remaining_channels
 
-Pair = tuple[Tensor, Tensor]
-"""A sum, and what it is divided by over all ranks."""
-Taught = tuple[Targets, Targets, Tensor, Tensor]
-"""Un-mixed targets; mixed ones with rectified labels; the latter's trusted pixels before and after regions."""
 _HALF = 0.5  # the published total is the half-sum of the supervised and the unsupervised side
-
-
-class FeaturePerturbationConfig(Config):
-    """`method.fp.*`."""
-
-    weight: float = Field(0.25, ge=0.0, json_schema_extra=search(0.05, 0.5))
-    """Coefficient of L_fp, the loss on features with half of the channels dropped; 0 spares its decoder pass."""
 
 
 class MomentumConfig(Config):
@@ -152,7 +144,7 @@ class DerPropConfig(Config):
     """soft: the blended distribution (code). hard: the label after region propagation (paper)."""
     kl_weight: float = Field(0.25, ge=0.0, json_schema_extra=search(0.1, 0.5))
     """l2: coefficient of the divergence of strong views."""
-    kl_target: Literal["pasted", "unpasted", "drop_box"] = "pasted"
+    kl_target: KlTarget = "pasted"
     """Distribution inside the CutMix box, of both soft terms: the source's, (code) the wrong image's, or none."""
     kl_mask: Literal["base", "expanded"] = "base"
     """Pixels of the divergence: trusted before, or after region propagation."""
@@ -164,7 +156,7 @@ class DerPropConfig(Config):
     @classmethod
     def _preset_below_given(cls, data: Any) -> Any:
         preset = data.get("preset") if isinstance(data, dict) else None
-        return _merged(PRESETS[preset], data) if isinstance(preset, str) and preset in PRESETS else data
+        return merged(PRESETS[preset], data) if isinstance(preset, str) and preset in PRESETS else data
 
     @field_validator("kernel")
     @classmethod
@@ -256,19 +248,19 @@ class DerProp(Method):
 
         if self.config.labeler == "momentum":
             weak = momentum_pass(batch, context)
-            strong_U3HW, targets, _ = self._taught(weak, batch, context)
+            strong_U3HW, taught, _ = self._taught(weak, batch, context)
             labeled, strong = labeled_and_strong_pass(strong_U3HW, batch, context)
             pairs = {}
         else:
             both, perturbed_UKHW = weak_pass(batch, context, perturb=self.config.fp.weight > 0.0)
             num_labeled = len(batch.image_L3HW)
             labeled, weak = both.images(slice(num_labeled)), both.images(slice(num_labeled, None))
-            strong_U3HW, targets, spread_UKHW = self._taught(weak, batch, context)
+            strong_U3HW, taught, spread_UKHW = self._taught(weak, batch, context)
             strong = strong_pass(strong_U3HW, batch, context)
-            pairs = self._weak_losses(perturbed_UKHW, spread_UKHW, targets[0])
+            pairs = self._weak_losses(perturbed_UKHW, spread_UKHW, taught)
 
         terms = self._labeled_terms(labeled, batch, context)
-        pairs |= self._strong_losses(strong, weak, targets, batch)
+        pairs |= self._strong_losses(strong, weak, taught, batch)
         return terms | {name: unsupervised(pair, _HALF * weight) for name, (weight, pair) in pairs.items()}
 
     def _spread(self, view: View) -> Tensor:
@@ -278,27 +270,18 @@ class DerProp(Method):
     def _taught(self, weak: View, batch: SemiBatch, context: StepContext) -> tuple[Tensor, Taught, Tensor]:
         """The mixed strong views; what they and the weak ones are taught; the weak view's spread logits, with gradient
         into its map. Moves the threshold."""
-        config = self.config
-        left_UCN, right_UCN = self.maps.propagation_factors(weak.projections)
-        spread_UKHW = propagated(weak.logits_BKHW, left_UCN, right_UCN, weak.cells)
+        factors = self.maps.propagation_factors(weak.projections)
+        spread_UKHW = propagated(weak.logits_BKHW, *factors, weak.cells)
         alpha = self.alpha(context.step, context.steps, context.period)
         blended_UKHW = weak.logits_BKHW.detach()
         if alpha > 0.0:
             blended_UKHW = (1.0 - alpha) * blended_UKHW + alpha * spread_UKHW.detach()
-        base = Targets.of(blended_UKHW, batch.valid_UHW)
-        strong_U3HW, mixed = mix(config.cutmix, batch, base, context)
-        if self.training and config.threshold.mode == "dynamic":
-            counted_UHW = (base if config.threshold.ignore == "base" else mixed).valid_UHW
-            self.threshold.copy_(next_threshold(config.threshold, self.threshold, base, counted_UHW, context))
-        trusted_UHW = mixed.trusted(self.threshold)
-        factors = left_UCN.detach(), right_UCN.detach()
-        final, expanded_UHW = rectify(
-            config.region, mixed, trusted_UHW, self.threshold, factors, weak.cells, batch, context
+        strong_U3HW, taught = teach(
+            self.config, blended_UKHW, self.threshold, factors, weak.cells, batch, context, self.training
         )
-        targets = base, final, trusted_UHW, expanded_UHW
         if context.listener is not None:
-            self._observe(weak, spread_UKHW, targets, alpha, batch, context)
-        return strong_U3HW, targets, spread_UKHW
+            self._observe(weak, spread_UKHW, taught, alpha, batch, context)
+        return strong_U3HW, taught, spread_UKHW
 
     def _labeled_terms(self, labeled: View, batch: SemiBatch, context: StepContext) -> dict[str, Objective]:
         config, spread_LKHW = self.config, self._spread(labeled)
@@ -314,40 +297,37 @@ class DerProp(Method):
         return terms
 
     def _weak_losses(
-        self, perturbed_UKHW: Tensor | None, spread_UKHW: Tensor, base: Targets
+        self, perturbed_UKHW: Tensor | None, spread_UKHW: Tensor, taught: Taught
     ) -> dict[str, tuple[float, Pair]]:
         """L_fp and the weak half of L_c: taught by un-mixed labels, which no region has changed."""
-        trusted_UHW = base.trusted(self.threshold)
-        losses = {"propagated_weak": (0.5 * self.config.propagated_weight, _hard(spread_UKHW, base, trusted_UHW))}
+        base, trusted_UHW = taught.base, taught.base_trusted_UHW
+        losses = {"propagated_weak": (0.5 * self.config.propagated_weight, hard_loss(spread_UKHW, base, trusted_UHW))}
         if perturbed_UKHW is not None:
-            losses["perturbed"] = (self.config.fp.weight, _hard(perturbed_UKHW, base, trusted_UHW))
+            losses["perturbed"] = (self.config.fp.weight, hard_loss(perturbed_UKHW, base, trusted_UHW))
         return losses
 
     def _strong_losses(
-        self, strong: View, weak: View, targets: Taught, batch: SemiBatch
+        self, strong: View, weak: View, taught: Taught, batch: SemiBatch
     ) -> dict[str, tuple[float, Pair]]:
         """L_soft, L_kl, the strong half of L_c, L_der_u, L_sp of the strong view."""
         config, logits_UKHW = self.config, strong.logits_BKHW
-        base, final, trusted_UHW, expanded_UHW = targets
-        size = logits_UKHW.shape[2], logits_UKHW.shape[3]
-        spread_UKHW = self._spread(strong)
-
-        distribution_UKHW = (final if config.kl_target == "pasted" else base).distribution_UKHW
-        taught_UHW = final.valid_UHW
-        if config.kl_target == "drop_box":
-            taught_UHW = taught_UHW & ~inside(batch.boxes_VU4[0], *size)
-        valid = final.valid_UHW.sum(dtype=torch.int64).to(logits_UKHW.dtype)
-        kl_kept_UHW = (trusted_UHW if config.kl_mask == "base" else expanded_UHW) & taught_UHW
+        final, expanded_UHW = taught.final, taught.expanded_UHW
+        distribution_UKHW, allowed_UHW = soft_targets(taught, config.kl_target, batch.boxes_VU4[0])
+        kl_kept_UHW = (taught.trusted_UHW if config.kl_mask == "base" else expanded_UHW) & allowed_UHW
         if config.strong_target == "hard":
-            strong_pair = _hard(logits_UKHW, final, expanded_UHW)
+            strong_pair = hard_loss(logits_UKHW, final, expanded_UHW)
         else:
-            strong_pair = soft_cross_entropy(logits_UKHW, distribution_UKHW, expanded_UHW & taught_UHW), valid
+            soft = soft_cross_entropy(logits_UKHW, distribution_UKHW, expanded_UHW & allowed_UHW)
+            strong_pair = over_valid(soft, final)
+        divergence = over_valid(kl_divergence(logits_UKHW, distribution_UKHW, kl_kept_UHW), final)
+        spread_pair = hard_loss(self._spread(strong), final, expanded_UHW)
         losses = {
             "strong": (config.strong_weight, strong_pair),
-            "kl": (config.kl_weight, (kl_divergence(logits_UKHW, distribution_UKHW, kl_kept_UHW), valid)),
-            "propagated_strong": (0.5 * config.propagated_weight, _hard(spread_UKHW, final, expanded_UHW)),
+            "kl": (config.kl_weight, divergence),
+            "propagated_strong": (0.5 * config.propagated_weight, spread_pair),
         }
         if config.matches_maps:
+            size = logits_UKHW.shape[2], logits_UKHW.shape[3]
             # padding is shared by both views; inside the box the weak view shows another image
             counted_UN = at_nodes(batch.valid_UHW, strong.cells) & outside_box(batch.boxes_VU4[0], size, strong.cells)
             match = self.maps.view_match(strong.projections, weak.projections, counted_UN)
@@ -358,35 +338,14 @@ class DerProp(Method):
         return losses
 
     def _observe(
-        self, weak: View, spread_UKHW: Tensor, targets: Taught, alpha: float, batch: SemiBatch, context: StepContext
+        self, weak: View, spread_UKHW: Tensor, taught: Taught, alpha: float, batch: SemiBatch, context: StepContext
     ) -> None:
-        base, final, _, expanded_UHW = targets
-        trusted_UHW = base.trusted(self.threshold)
-        box_UHW = inside(batch.boxes_VU4[0], trusted_UHW.shape[1], trusted_UHW.shape[2])
-        context.observe("pseudo", weak.logits_BKHW.argmax(dim=1) if alpha > 0.0 else base.label_UHW)
-        context.observe("propagated", torch.where(box_UHW, base.label_UHW, final.label_UHW))
-        context.observe("confidence", base.confidence_UHW)
-        context.observe("trusted_before", trusted_UHW)
-        context.observe("trusted", torch.where(box_UHW, trusted_UHW, expanded_UHW))
-        context.observe("threshold", self.threshold)
+        pseudo_UHW = weak.logits_BKHW.argmax(dim=1) if alpha > 0.0 else taught.base.label_UHW
+        observe_taught(taught, pseudo_UHW, self.threshold, batch, context)
         context.observe("alpha", self.threshold.new_full((), alpha))
-        context.observe("kept_ratio", expanded_UHW.sum() / final.valid_UHW.sum().clamp(min=1))
         raw, spread = resize(weak.logits_BKHW.detach(), weak.cells), resize(spread_UKHW.detach(), weak.cells)
         valid_UN = at_nodes(batch.valid_UHW, weak.cells)
         blended = (1.0 - alpha) * raw + alpha * spread
         for name, logits_UKhw in (("raw", raw), ("propagated", spread), ("blended", blended)):
             confidence_UN = confidence_and_label(logits_UKhw)[0].flatten(1)
             context.observe(f"confidence_{name}", (confidence_UN * valid_UN).sum() / valid_UN.sum().clamp(min=1))
-
-
-def _hard(logits_UKHW: Tensor, targets: Targets, kept_UHW: Tensor) -> Pair:
-    """Cross-entropy to the labels on kept pixels, over the number of all valid ones."""
-    return pixel_cross_entropy(logits_UKHW, targets.label_UHW, counted_BHW=targets.valid_UHW, weight_BHW=kept_UHW)
-
-
-def _merged(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(defaults)
-    for key, value in given.items():
-        below = merged.get(key)
-        merged[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return merged

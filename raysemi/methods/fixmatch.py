@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from raysemi.base import Config, search
 from raysemi.data.types import SemiBatch
-from raysemi.methods.base import Average, Method, StepContext
+from raysemi.methods.base import Average, Method, StepContext, Teacher
 from raysemi.ops.losses import Criterion, Objective, labeled_loss, pixel_cross_entropy, supervised, unsupervised
 from raysemi.ops.mixing import paste
 from raysemi.ops.pseudo_label import confidence_and_label
@@ -30,15 +30,8 @@ class FixMatchConfig(Config):
     """Factor on the consistency term; total = (labeled + factor * consistency) / 2."""
     criterion: Criterion = Criterion()
     """Loss of the labeled images."""
-    average: Average = Average(kind="ema")
+    average: Teacher = Average(kind="ema")
     """The teacher: an average of the student."""
-
-    @field_validator("average")
-    @classmethod
-    def _needs_teacher(cls, average: Average) -> Average:
-        if average.kind == "none":
-            raise ValueError("must be ema or period, fixmatch learns from the averaged copy; got none")
-        return average
 
 
 class FixMatch(Method):

@@ -32,3 +32,32 @@ def with_perturbed(features: Features, rows: slice, slots_U: Tensor, drop: float
         keep_UC = context.keep(slots_U, name, map_BChw.shape[1], drop).to(map_BChw.dtype)
         maps.append(torch.cat((map_BChw, map_BChw[rows] * keep_UC[:, :, None, None])))
     return replace(features, maps=tuple(maps), middle_BDhw=None)
+
+
+def with_complementary(
+    features: Features, num_labeled: int, slots_U: Tensor, dropped: float, context: StepContext
+) -> Features:
+    """Maps of labeled images as they are, then of both strong views of U images, each view through half the channels.
+
+    A channel that one view keeps, times 2, the other drops: the factors add up to 2 everywhere, and maps with the same
+    number of channels share them. The images that keep all channels are chosen in pairs of slots: with `dropped` 0.5
+    exactly one of each pair, whatever the number of ranks.
+
+    Args:
+        features: maps of L + 2 U images.
+        num_labeled: L.
+        slots_U: int64, global slots of the unlabeled images.
+        dropped: share of the images whose channels are dropped.
+        context: the step.
+    """
+    # u and u + 1/2 (mod 1) of one draw a pair: below 1/2 exactly one of them
+    draw_U = context.uniform(slots_U // 2, "complementary/chosen", 1)[:, 0]
+    chosen_U1 = ((draw_U + 0.5 * (slots_U % 2)).fmod(1.0) < dropped)[:, None]
+    maps = []
+    for map_BChw in features.maps:
+        channels = map_BChw.shape[1]
+        first_UC = 2.0 * (context.uniform(slots_U, f"complementary/{channels}", channels) < 0.5)
+        first_UC = torch.where(chosen_U1, first_UC, 1.0)
+        keep_BC = torch.cat((first_UC.new_ones(num_labeled, channels), first_UC, 2.0 - first_UC)).to(map_BChw.dtype)
+        maps.append(map_BChw * keep_BC[:, :, None, None])
+    return replace(features, maps=tuple(maps))

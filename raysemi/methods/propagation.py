@@ -9,23 +9,23 @@ C channels of a map's factor, S segments.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from raysemi.base import Config, choices
+from raysemi.base import Config, choices, search
 from raysemi.data.types import SemiBatch
-from raysemi.methods.base import StepContext
+from raysemi.methods.base import StepContext, in_eval_mode
 from raysemi.methods.perturbation import with_perturbed
 from raysemi.models.decoders import resize
 from raysemi.models.segmentor import Segmentor
-from raysemi.ops.losses import Criterion, Objective, labeled_loss, supervised
+from raysemi.ops.losses import Criterion, Objective, labeled_loss, pixel_cross_entropy, supervised
 from raysemi.ops.mixing import inside, paste
 from raysemi.ops.pseudo_label import confidence_and_label, peaks_by_class, update_threshold
 from raysemi.ops.regions import propagate_regions
-from raysemi.ops.similarity import at_least_fp32, map_rows, propagate, segments
+from raysemi.ops.similarity import at_least_fp32, collect, map_rows, propagate, segments
 
 HIDDEN = 256
 """Channels of the correlation head before its projections."""
@@ -33,6 +33,8 @@ _HEAD_DROP, _FEATURE_DROP = 0.1, 0.5
 
 Size = tuple[int, int]
 """Height and width."""
+Pair = tuple[Tensor, Tensor]
+"""A sum, and what it is divided by over all ranks."""
 
 
 class ThresholdConfig(Config):
@@ -46,6 +48,13 @@ class ThresholdConfig(Config):
     """Share of the old threshold that a step keeps."""
     ignore: Literal["base", "pasted"] = "base"
     """Pixels that count: valid ones of the weak view, or (the reference) those of the mixed view."""
+
+
+class FeaturePerturbationConfig(Config):
+    """`method.fp.*`."""
+
+    weight: float = Field(0.25, ge=0.0, json_schema_extra=search(0.05, 0.5))
+    """Coefficient of L_fp, the loss on features with half of the channels dropped; 0 spares its decoder pass."""
 
 
 class RegionConfig(Config):
@@ -220,12 +229,102 @@ def _source(config: CutMixConfig, batch: SemiBatch, context: StepContext) -> tup
         if config.partner == "momentum_view":
             assert context.teacher is not None  # the config refuses it without a momentum network
             return _pixels(strong, Targets.of(context.teacher(weak).logits_BKHW, valid))
-        mode = context.student.training
-        context.student.eval()  # running statistics, and this view leaves no trace in them
-        try:
-            return _pixels(strong, Targets.of(context.student(weak).logits_BKHW, valid))
-        finally:
-            context.student.train(mode)
+        return _pixels(strong, Targets.of(in_eval_mode(context.student, weak), valid))
+
+
+class TeachingConfig(Protocol):
+    """What `teach` reads of a method's config."""
+
+    @property
+    def threshold(self) -> ThresholdConfig: ...  # noqa: D102
+    @property
+    def region(self) -> RegionConfig: ...  # noqa: D102
+    @property
+    def cutmix(self) -> CutMixConfig: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What a step teaches its unlabeled images."""
+
+    base: Targets
+    """Of the weak views, un-mixed."""
+    base_trusted_UHW: Tensor
+    final: Targets
+    """Mixed, with the labels after region propagation."""
+    trusted_UHW: Tensor
+    """Trusted pixels of the mixed views before region propagation."""
+    expanded_UHW: Tensor
+    """The same after it."""
+
+
+def teach(
+    config: TeachingConfig,
+    logits_UKHW: Tensor,
+    threshold: Tensor,
+    factors: tuple[Tensor, Tensor],
+    cells: Size,
+    batch: SemiBatch,
+    context: StepContext,
+    training: bool,
+) -> tuple[Tensor, Taught]:
+    """The mixed strong views and what they are taught: CutMix, then the threshold, then regions.
+
+    Args:
+        config: the three parts.
+        logits_UKHW: that label the weak views.
+        threshold: scalar buffer; moved in place while training, and used as moved.
+        factors: of the weak views' map, for regions.
+        cells: of that map.
+        batch: views, boxes, padding.
+        context: the step.
+        training: False leaves the threshold as it is.
+    """
+    base = Targets.of(logits_UKHW, batch.valid_UHW)
+    strong_U3HW, mixed = mix(config.cutmix, batch, base, context)
+    if training and config.threshold.mode == "dynamic":
+        counted_UHW = (base if config.threshold.ignore == "base" else mixed).valid_UHW
+        threshold.copy_(next_threshold(config.threshold, threshold, base, counted_UHW, context))
+    trusted_UHW = mixed.trusted(threshold)
+    detached = factors[0].detach(), factors[1].detach()
+    final, expanded_UHW = rectify(config.region, mixed, trusted_UHW, threshold, detached, cells, batch, context)
+    return strong_U3HW, Taught(base, base.trusted(threshold), final, trusted_UHW, expanded_UHW)
+
+
+def observe_taught(
+    taught: Taught, pseudo_UHW: Tensor, threshold: Tensor, batch: SemiBatch, context: StepContext
+) -> None:
+    """Hands out the maps of the un-mixed images: inside a CutMix box, where the partner is taught, without regions."""
+    final, trusted_UHW = taught.final, taught.base_trusted_UHW
+    box_UHW = inside(batch.boxes_VU4[0], trusted_UHW.shape[1], trusted_UHW.shape[2])
+    context.observe("pseudo", pseudo_UHW)
+    context.observe("propagated", torch.where(box_UHW, taught.base.label_UHW, final.label_UHW))
+    context.observe("confidence", taught.base.confidence_UHW)
+    context.observe("trusted_before", trusted_UHW)
+    context.observe("trusted", torch.where(box_UHW, trusted_UHW, taught.expanded_UHW))
+    context.observe("threshold", threshold)
+    context.observe("kept_ratio", taught.expanded_UHW.sum() / final.valid_UHW.sum().clamp(min=1))
+
+
+KlTarget = Literal["pasted", "unpasted", "drop_box"]
+
+
+def soft_targets(taught: Taught, kl_target: KlTarget, boxes_U4: Tensor) -> tuple[Tensor, Tensor]:
+    """Distribution of the soft terms, and the pixels where it may be taught: (distribution_UKHW, allowed_UHW)."""
+    allowed_UHW = taught.final.valid_UHW
+    if kl_target == "drop_box":
+        allowed_UHW = allowed_UHW & ~inside(boxes_U4, allowed_UHW.shape[1], allowed_UHW.shape[2])
+    return (taught.final if kl_target == "pasted" else taught.base).distribution_UKHW, allowed_UHW
+
+
+def hard_loss(logits_UKHW: Tensor, targets: Targets, kept_UHW: Tensor) -> Pair:
+    """Cross-entropy to the labels on kept pixels, over the number of all valid ones."""
+    return pixel_cross_entropy(logits_UKHW, targets.label_UHW, counted_BHW=targets.valid_UHW, weight_BHW=kept_UHW)
+
+
+def over_valid(total: Tensor, targets: Targets) -> Pair:
+    """A sum over kept pixels, over the number of all valid ones."""
+    return total, targets.valid_UHW.sum(dtype=torch.int64).to(total.dtype)
 
 
 def next_threshold(
@@ -252,10 +351,15 @@ def next_threshold(
     return torch.where(moved.isfinite(), moved, threshold)
 
 
-def propagated(logits_BKHW: Tensor, left_BCN: Tensor, right_BCN: Tensor, cells: Size) -> Tensor:
-    """Logits spread along the map, zc = up(sg(down(z)) M): [B, K, H, W], gradient into the factors alone."""
+def propagated(
+    logits_BKHW: Tensor, left_BCN: Tensor, right_BCN: Tensor, cells: Size, norm: Literal["source", "target"] = "source"
+) -> Tensor:
+    """Logits spread along the map, zc = up(sg(down(z)) M): [B, K, H, W], gradient into the factors alone.
+
+    `norm` names the cells whose share adds up to 1: a source's, handed out, or a target's, received.
+    """
     small_BKhw = resize(logits_BKHW.detach(), cells)
-    spread_BKN = propagate(small_BKhw.flatten(2), left_BCN, right_BCN)
+    spread_BKN = (propagate if norm == "source" else collect)(small_BKhw.flatten(2), left_BCN, right_BCN)
     return resize(spread_BKN.unflatten(2, cells), logits_BKHW.shape[-2:])
 
 

@@ -26,6 +26,16 @@ def rampup(step: int, length: float) -> float:
     return math.exp(-5.0 * (1.0 - step / length) ** 2) if step < length else 1.0
 
 
+def linear(step: int, length: float) -> float:
+    """step / length: 0 at step 0, 1 from `length` on.
+
+    Args:
+        step: from 0.
+        length: steps of the rise; 0 = 1 at once.
+    """
+    return step / length if step < length else 1.0
+
+
 def ema_decay(step: int, max_decay: float) -> float:
     """Share that an averaged copy keeps at step `step` (from 0): min(1 - 1 / (step + 1), max_decay).
 

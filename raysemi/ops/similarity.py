@@ -189,6 +189,20 @@ def propagate(logits_BKN: Tensor, left_BCN: Tensor, right_BCN: Tensor) -> Tensor
     return _Propagate.apply(logits_BKN.detach().to(left_BCN.dtype), left_BCN, right_BCN)
 
 
+def collect(logits_BKN: Tensor, left_BCN: Tensor, right_BCN: Tensor) -> Tensor:
+    """As `propagate`, but each target takes a mean: M = softmax over i of (left' right)[i, j], columns add up to 1.
+
+    Logits that are the same everywhere stay as they are; this is attention, with targets as queries.
+
+    Returns:
+        [B, K, N], at least fp32, under autocast too.
+    """
+    query_BNC, key_BNC = at_least_fp32(right_BCN).mT, at_least_fp32(left_BCN).mT
+    value_BNK = logits_BKN.detach().to(query_BNC.dtype).mT
+    with torch.autocast(query_BNC.device.type, enabled=False):
+        return F.scaled_dot_product_attention(query_BNC, key_BNC, value_BNK, scale=1.0).mT
+
+
 @torch.no_grad()
 def map_rows(left_BCN: Tensor, right_BCN: Tensor, rows_S: Tensor) -> Tensor:
     """Rows of the map that `propagate` uses, the same of every image: [B, S, N], without gradient."""

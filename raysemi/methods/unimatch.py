@@ -1,0 +1,128 @@
+"""UniMatch: two strong views of an image, and its weak view with channels dropped, all learn the weak view's labels.
+
+Source: Yang et al. 2023, arXiv:2208.09910, eqs. 2-6, and its code. Differs: partners of CutMix are neighbouring slots
+of the batch, whose labels are at hand, so nothing is computed twice; the perturbed half of the labeled images, which
+the code computes and throws away, is not made; `compat` restores both.
+Axes: L labeled, U unlabeled images, V = 2 strong views, K classes, H x W pixels. The views of an image share its
+geometry.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from raysemi.base import Config, choices, search
+from raysemi.data.types import SemiBatch
+from raysemi.methods.base import Average, Method, StepContext, in_eval_mode
+from raysemi.methods.perturbation import with_perturbed
+from raysemi.ops.losses import Criterion, Objective, labeled_loss, pixel_cross_entropy, supervised, unsupervised
+from raysemi.ops.mixing import partner, paste
+from raysemi.ops.pseudo_label import confidence_and_label
+
+_HALF = 0.5  # the published total is the half-sum of the labeled loss and the unlabeled terms
+
+
+class FeaturePerturbationConfig(Config):
+    """`method.fp.*`: the weak view with dropped channels."""
+
+    weight: float = Field(0.5, ge=0.0, json_schema_extra=search(0.25, 0.75))
+    """Coefficient of its term; 0 spares its decoder pass."""
+    drop: float = Field(0.5, ge=0.0, lt=1.0, json_schema_extra=search(0.3, 0.7))
+    """Probability that a channel of an encoder map is dropped."""
+
+
+class CompatConfig(Config):
+    """`method.compat.*`: what the released code does and we do not."""
+
+    partner_eval: bool = False
+    """True: what is pasted is labeled by the student in eval mode, by a forward pass more."""
+    fp_labeled: bool = False
+    """True: labeled images are perturbed and decoded too; their logits are thrown away, but BatchNorm sees them."""
+
+
+class UniMatchConfig(Config):
+    """`method.*` of `unimatch`."""
+
+    name: Literal["unimatch"] = "unimatch"
+    threshold: float = Field(0.95, ge=0.0, lt=1.0, json_schema_extra=choices([0.0, 0.7, 0.9, 0.95, 0.98]))
+    """Least probability at which a pixel of the weak view is trusted; 0 trusts all (the paper's on Cityscapes)."""
+    strong_weight: float = Field(0.25, ge=0.0, json_schema_extra=search(0.1, 0.5))
+    """Coefficient of each strong view's term."""
+    fp: FeaturePerturbationConfig = FeaturePerturbationConfig()
+    criterion: Criterion = Criterion()
+    """Loss of the labeled images."""
+    average: Average = Average()
+    """Averaged copy that is evaluated; none by default, as in the paper."""
+    compat: CompatConfig = CompatConfig()
+
+
+class UniMatch(Method):
+    """Two strong streams and one perturbed stream, taught by the student's own weak pass."""
+
+    strong_views = 2
+
+    def __init__(self, config: UniMatchConfig, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        self.config = config
+        self.average = config.average
+
+    def objectives(self, batch: SemiBatch, context: StepContext) -> dict[str, Objective]:
+        """The labeled loss and three consistency terms."""
+        config = self.config
+        logits_LKHW, weak_UKHW, perturbed_UKHW = self._weak_pass(batch, context)
+        confidence_UHW, pseudo_UHW = confidence_and_label(weak_UKHW)
+        trusted_UHW = (confidence_UHW >= config.threshold) & batch.valid_UHW
+        context.observe("pseudo", pseudo_UHW)
+        context.observe("confidence", confidence_UHW)
+        context.observe("trusted", trusted_UHW)
+        context.observe("kept_ratio", trusted_UHW.sum() / batch.valid_UHW.sum().clamp(min=1))
+
+        own = pseudo_UHW, trusted_UHW, batch.valid_UHW
+        theirs = self._partners(batch, context, own)
+        mixed = [
+            paste(boxes_U4, strong_U3HW, *own, source=(partner(strong_U3HW), *theirs))
+            for boxes_U4, strong_U3HW in zip(batch.boxes_VU4, batch.strong_VU3HW, strict=True)
+        ]
+        # both strong views in one pass of their own, with BatchNorm statistics of their own
+        strong = context.student(torch.cat([views[0] for views in mixed])).logits_BKHW.chunk(self.strong_views)
+
+        labeled = labeled_loss(config.criterion, logits_LKHW, batch.label_LHW, context.across)
+        terms = {"supervised": supervised(labeled, _HALF)}
+        for number, (logits_UKHW, (_, *targets)) in enumerate(zip(strong, mixed, strict=True), start=1):
+            terms[f"strong_{number}"] = unsupervised(_consistency(logits_UKHW, *targets), _HALF * config.strong_weight)
+        if perturbed_UKHW is not None:
+            terms["perturbed"] = unsupervised(_consistency(perturbed_UKHW, *own), _HALF * config.fp.weight)
+        return terms
+
+    def _weak_pass(self, batch: SemiBatch, context: StepContext) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Logits of labeled and of weak images, in one pass, and of the latter with dropped channels."""
+        student, config = context.student, self.config
+        images_B3HW = torch.cat((batch.image_L3HW, batch.weak_U3HW))
+        num_labeled, num_clean = len(batch.image_L3HW), len(images_B3HW)
+        features = student.encode(images_B3HW)
+        if config.fp.weight > 0.0:
+            rows, slots_B = slice(num_labeled, None), batch.slots_U
+            if config.compat.fp_labeled:
+                rows, slots_B = slice(None), torch.cat((~batch.slots_L, batch.slots_U))  # ~: no slot of the other kind
+            features = with_perturbed(features, rows, slots_B, config.fp.drop, context)
+        logits_BKHW = student.decode(features, images_B3HW.shape[-2:]).logits_BKHW
+        weak_UKHW = logits_BKHW[num_labeled:num_clean].detach()  # it labels, and learns nothing of its own
+        perturbed_UKHW = logits_BKHW[-len(batch.weak_U3HW) :] if config.fp.weight > 0.0 else None
+        return logits_BKHW[:num_labeled], weak_UKHW, perturbed_UKHW
+
+    def _partners(self, batch: SemiBatch, context: StepContext, own: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Pseudo-labels, trusted and valid pixels of each slot's partner."""
+        if self.config.compat.partner_eval:
+            confidence_UHW, pseudo_UHW = confidence_and_label(in_eval_mode(context.student, batch.weak_U3HW))
+            own = pseudo_UHW, (confidence_UHW >= self.config.threshold) & batch.valid_UHW, batch.valid_UHW
+        return tuple(partner(pixels_UHW) for pixels_UHW in own)
+
+
+def _consistency(
+    logits_UKHW: Tensor, pseudo_UHW: Tensor, trusted_UHW: Tensor, valid_UHW: Tensor
+) -> tuple[Tensor, Tensor]:
+    return pixel_cross_entropy(logits_UKHW, pseudo_UHW, counted_BHW=valid_UHW, weight_BHW=trusted_UHW)
