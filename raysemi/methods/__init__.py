@@ -7,9 +7,11 @@ from raysemi.methods.base import Method
 from raysemi.methods.derprop import DerProp, DerPropConfig
 from raysemi.methods.fixmatch import FixMatch, FixMatchConfig
 from raysemi.methods.supervised import Supervised, SupervisedConfig
+from raysemi.methods.u2pl import U2PL, U2PLConfig
 
 METHODS: dict[str, tuple[type[Config], type[Method]]] = {
     "supervised": (SupervisedConfig, Supervised),
     "fixmatch": (FixMatchConfig, FixMatch),
     "derprop": (DerPropConfig, DerProp),
+    "u2pl": (U2PLConfig, U2PL),
 }

@@ -15,7 +15,12 @@ from raysemi.models.encoders import Features
 from raysemi.models.segmentor import Prediction
 
 CLASSES = 4
-TRUSTING = {"fixmatch": {"threshold": 0.2}, "derprop": {"region": {"segments": 6}, "threshold": {"initial": 0.2}}}
+QUEUE = {"size": 30, "first_size": 40}
+TRUSTING = {
+    "fixmatch": {"threshold": 0.2},
+    "derprop": {"region": {"segments": 6}, "threshold": {"initial": 0.2}},
+    "u2pl": {"contrast": {"delta_p": 0.2}, "representation": {"hidden": 5, "dim": 7}, "queue": QUEUE},
+}
 
 
 def build(name, settings, frozen=False):
