@@ -19,6 +19,7 @@ from raysemi.engine.optim import OptimConfig
 from raysemi.engine.trainer import TrainConfig
 from raysemi.errors import ConfigError
 from raysemi.methods import METHODS
+from raysemi.methods.base import group_size
 from raysemi.models.segmentor import ModelConfig
 
 
@@ -135,7 +136,7 @@ def check_world(config: RunConfig, world: int, *, gpu: bool = False) -> None:
 
 def uses_unlabeled(method: Any, data: DataConfig) -> bool:
     """Whether a run of this method on these pools has unlabeled images in its batches."""
-    return data.unlabeled is not None and _learner(method).strong_views > 0
+    return data.unlabeled is not None and _learner(method).uses_unlabeled
 
 
 def _learner(method: Any) -> Any:
@@ -158,7 +159,7 @@ def _pools_are_named(data: DataConfig, method: Any) -> Iterator[str]:
                 "data.pools=DIR (short for its three pools)."
             )
     learner = _learner(method)
-    if learner.strong_views > 0 and data.unlabeled is None and not getattr(learner, "unlabeled_optional", False):
+    if learner.uses_unlabeled and data.unlabeled is None and not learner.unlabeled_optional:
         yield (
             f"data.unlabeled must name a pool for method {method.name}; got nothing. "
             "Add data.unlabeled=FOLDER, or set method=supervised."
@@ -184,14 +185,26 @@ def _shares(
             f"Set it to {_next_multiple(labeled, world)}, or use another number of ranks."
         )
     one_norm = gpu and world > 1  # SyncBatchNorm: only several GPUs have it
-    if labeled == world and model.batch_norm == "train" and not (uses_unlabeled(method, data) or one_norm):
+    # a method may begin with the labeled images alone
+    joined = uses_unlabeled(method, data) and not getattr(method, "warmup_periods", 0)
+    if labeled == world and model.batch_norm == "train" and not (joined or one_norm):
         yield (
             "train.batch.labeled must give each rank at least 2 images, since BatchNorm cannot normalise the decoder's "
             f"pooled branch over one value; got 1. Set it to {2 * world}, use fewer ranks or "
             "set model.batch_norm=frozen."
         )
-    # CutMix partners are neighbouring slots and stay on one rank: an odd share would tear a pair apart.
-    if uses_unlabeled(method, data) and unlabeled % (2 * world):
+    if not uses_unlabeled(method, data):
+        return
+    # CutMix partners stay on one rank: those of a group, or two neighbouring slots, must not be torn apart.
+    if hasattr(method, "group"):
+        group = group_size(method.group, unlabeled)
+        if unlabeled % (group * world):
+            yield (
+                f"method.group must divide each rank's share of train.batch.unlabeled, {unlabeled} on {world} ranks, "
+                f"since images of one group are mixed; got {group}. Set it to a divisor of the share, set "
+                f"train.batch.unlabeled to {_next_multiple(unlabeled, group * world)}, or use another number of ranks."
+            )
+    elif unlabeled % (2 * world):
         yield (
             f"train.batch.unlabeled must be divisible by twice the number of ranks, 2 x {world}, since neighbouring "
             f"images are mixed in pairs; got {unlabeled}. Set it to {_next_multiple(unlabeled, 2 * world)}, or use "

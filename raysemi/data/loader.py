@@ -75,11 +75,11 @@ class Stream:
 
     Args:
         config: crop, views, processes, what to do with corrupt samples.
-        pools: open pools by name: `labeled`, and `unlabeled` where there is one.
+        pools: open pools by name: `labeled`, and `unlabeled` where it is used.
         seed: seed of the run.
         batch_labeled, batch_unlabeled: global batches, images a step over all ranks.
         rank, world: this rank and the number of ranks, which divides both batches.
-        strong_views: strong views of each unlabeled image; 0 = no unlabeled image is read.
+        strong_views: strong views of each unlabeled image; 0 = its weak view alone.
         second_view: whether each unlabeled image comes in a second random geometry too.
         start, stop: global steps.
         with_truth: read the masks of the unlabeled images, to measure pseudo-labels; there are no CutMix boxes then.
@@ -114,7 +114,7 @@ class Stream:
         self.processes = loader_processes(config.loader_processes, cores)
         self.pinned = pinned
         self._corrupt: set[str] = set()
-        used = ["labeled", "unlabeled"] if strong_views > 0 and pools.get("unlabeled") is not None else ["labeled"]
+        used = ["labeled", "unlabeled"] if pools.get("unlabeled") is not None else ["labeled"]
         batches = {"labeled": batch_labeled, "unlabeled": batch_unlabeled}
         faults = [] if pools.get("labeled") is not None else ["data.labeled must be a pool; got none. Pack one."]
         faults += [

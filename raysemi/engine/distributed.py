@@ -1,4 +1,4 @@
-"""The only file that names torch.distributed: starting a process group, sums and maxima over ranks."""
+"""The only file that names torch.distributed: starting a process group, what ranks tell each other."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from raysemi.methods.base import AcrossRanks, SingleRank
 
 
 class ProcessGroup:
-    """Sums and maxima over the ranks of torch's default process group."""
+    """Sums, maxima and parts of the ranks of torch's default process group."""
 
     def __init__(self) -> None:
         self.rank = dist.get_rank()
@@ -28,6 +28,13 @@ class ProcessGroup:
     def max(self, value: Tensor) -> Tensor:
         """Maximum over ranks; the argument is left as it is, the result carries no gradient."""
         return self._reduce(value, dist.ReduceOp.MAX)
+
+    def gather(self, value: Tensor) -> Tensor:
+        """The values of all ranks by rank, [world, ...]; the result carries no gradient."""
+        value = value.detach().contiguous()
+        result = value.new_empty((self.world, *value.shape))
+        dist.all_gather(list(result.unbind()), value)
+        return result
 
     @staticmethod
     def _reduce(value: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:

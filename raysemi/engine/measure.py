@@ -1,7 +1,8 @@
 """How good the pseudo-labels are, and pictures of them: looks at a method from outside and changes nothing in it.
 
-Copies of student and method run one step's forward work on fixed views of fixed unlabeled images, without CutMix, so
-that every map lies on the truth. Masks of unlabeled images are opened only when `eval.pseudo_images` asks for it.
+Copies of student, teacher and method run one step's forward work on fixed views of fixed unlabeled images, without
+CutMix, so that every map lies on the truth. Masks of unlabeled images are opened only when `eval.pseudo_images` asks
+for it.
 
 Axes: U unlabeled images, K classes, H x W pixels.
 """
@@ -50,20 +51,21 @@ class Look:
 
 @torch.no_grad()
 def look(trainer: Trainer, hosts: Iterable[HostBatch]) -> Iterator[Look]:
-    """Runs copies of student and method on batches; the trainer's state stays as it is to the last bit.
+    """Runs copies of student, teacher and method on batches; the trainer's state stays as it is to the last bit.
 
     Args:
         trainer: the run; every rank may look on its own, nothing is collective.
         hosts: batches with labeled and unlabeled images.
     """
     student, method = copy.deepcopy(trainer.student).train(), copy.deepcopy(trainer.method).train()
+    teacher = copy.deepcopy(trainer.context().teacher)  # its statistics may be its own
     for host in hosts:
         # Un-mixed: inside a CutMix box the maps would belong to another image than the truth.
         batch = on_device(
             replace(host, boxes_VU4=torch.zeros_like(host.boxes_VU4)), trainer.device, trainer.memory_format
         )
         maps: dict[str, Tensor] = {}
-        context = replace(trainer.context(maps.__setitem__), student=student, across=SingleRank())
+        context = replace(trainer.context(maps.__setitem__), student=student, teacher=teacher, across=SingleRank())
         with torch.autocast(trainer.device.type, trainer.precision, enabled=trainer.precision != torch.float32):
             method.objectives(batch, context)
         with inference(trainer.evaluated, trainer.device, trainer.precision):

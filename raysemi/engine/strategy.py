@@ -72,10 +72,16 @@ class Replicas:
         across: the ranks.
         device: this rank's device.
         precision: autocast type; float32 switches autocast off.
+        teacher: a network whose BatchNorm statistics the method's own passes move, besides the student's.
     """
 
     def __init__(
-        self, module: StepModule, across: AcrossRanks, device: torch.device, precision: torch.dtype = torch.float32
+        self,
+        module: StepModule,
+        across: AcrossRanks,
+        device: torch.device,
+        precision: torch.dtype = torch.float32,
+        teacher: nn.Module | None = None,
     ) -> None:
         self._across = across
         self._device = device
@@ -84,7 +90,8 @@ class Replicas:
         if across.world > 1:
             # Buffers are settled below: averaged, not overwritten by rank 0's.
             self._module = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
-        self._buffers = list(_running_statistics(module.student))
+        networks = [module.student] if teacher is None else [module.student, teacher]
+        self._buffers = [buffer for network in networks for buffer in _running_statistics(network)]
         self._kept = [*self._buffers, *(b for b in module.method.buffers())]
         self._before: list[Tensor] = []
 
@@ -133,8 +140,8 @@ class Replicas:
         self._before = []
 
 
-def _running_statistics(student: nn.Module) -> Iterator[Tensor]:
-    for module in student.modules():
+def _running_statistics(network: nn.Module) -> Iterator[Tensor]:
+    for module in network.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
             assert module.running_var is not None  # torch makes both or neither
             yield module.running_mean

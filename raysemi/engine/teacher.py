@@ -1,6 +1,7 @@
-"""The averaged copy of the student: a teacher, or only the network that is evaluated. Always in eval mode.
+"""The averaged copy of the student: a teacher, or only the network that is evaluated. In eval mode between steps.
 
-Source: EMA as in UniMatch V2 (d = min(1 - 1/(i+1), decay), buffers averaged too); `period` is DerProp eq. 6.
+Source: EMA as in UniMatch V2 (d = min(1 - 1/(i+1), decay), buffers averaged too), copied at first and with statistics
+of its own as in U2PL; `period` is DerProp eq. 6.
 """
 
 from __future__ import annotations
@@ -46,15 +47,24 @@ class AveragedCopy:
             finite: bool scalar on the device; where False, an EMA stays as it is (its student did not move).
         """
         if self._average.kind == "ema":
-            self._blend(student, 1.0 - schedules.ema_decay(step, self._average.decay), finite)
+            counted = step - self._average.start * self._period
+            if counted < self._average.copied * self._period:
+                self._blend(student, 1.0, finite)
+            else:
+                only_weights = self._average.buffers == "own"
+                self._blend(student, 1.0 - schedules.ema_decay(counted, self._average.decay), finite, only_weights)
         elif self._average.at == "end" and (step + 1) % self._period == 0:
             self._blend(student, 1.0 - self._average.ratio)
             self.started = True
 
     @torch.no_grad()
-    def _blend(self, student: Segmentor, share: float, finite: Tensor | None = None) -> None:
+    def _blend(
+        self, student: Segmentor, share: float, finite: Tensor | None = None, only_weights: bool = False
+    ) -> None:
         theirs = student.state_dict()
         mine = self.model.state_dict()
+        if only_weights:
+            mine = {name: mine[name] for name, _ in self.model.named_parameters()}
         averaged = [name for name, value in mine.items() if value.is_floating_point()]
         new = [theirs[name] for name in averaged]
         old = [mine[name] for name in averaged]

@@ -131,7 +131,8 @@ class Trainer:
         average = method.average
         self.average = AveragedCopy(self.student, average, period) if average.kind != "none" else None
         module = StepModule(self.student, self.method, config.rampup * config.steps).train()
-        self.strategy: Strategy = Replicas(module, across, device, self.precision)
+        teacher = self.average.model if self.average is not None and average.buffers == "own" else None
+        self.strategy: Strategy = Replicas(module, across, device, self.precision, teacher)
         self.optimizer = Optimizer(self.student, optim, config.steps)
         self._parameters = list(self.optimizer.names)
         self._meter = Meter()

@@ -9,6 +9,7 @@ from raysemi.methods.derprop import DerProp, DerPropConfig
 from raysemi.methods.fixmatch import FixMatch, FixMatchConfig
 from raysemi.methods.mean_teacher import MeanTeacher, MeanTeacherConfig
 from raysemi.methods.supervised import Supervised, SupervisedConfig
+from raysemi.methods.u2pl import U2PL, U2PLConfig
 from raysemi.methods.unimatch import UniMatch, UniMatchConfig
 from raysemi.methods.unimatch_v2 import UniMatchV2, UniMatchV2Config
 
@@ -20,4 +21,5 @@ METHODS: dict[str, tuple[type[Config], type[Method]]] = {
     "unimatch_v2": (UniMatchV2Config, UniMatchV2),
     "corrmatch": (CorrMatchConfig, CorrMatch),
     "derprop": (DerPropConfig, DerProp),
+    "u2pl": (U2PLConfig, U2PL),
 }

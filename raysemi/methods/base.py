@@ -22,7 +22,7 @@ from raysemi.ops.losses import Objective
 
 
 class AcrossRanks(Protocol):
-    """Sums and maxima over all ranks; the same on every rank, without gradient."""
+    """Sums, maxima and parts of all ranks; the same on every rank, without gradient."""
 
     rank: int
     world: int
@@ -33,6 +33,10 @@ class AcrossRanks(Protocol):
 
     def max(self, value: Tensor) -> Tensor:
         """Maximum over ranks, same shape and dtype."""
+        ...
+
+    def gather(self, value: Tensor) -> Tensor:
+        """The values of all ranks, one after another: [world, ...]."""
         ...
 
 
@@ -50,6 +54,10 @@ class SingleRank:
         """The value itself."""
         return value
 
+    def gather(self, value: Tensor) -> Tensor:
+        """The value itself, [1, ...]."""
+        return value[None]
+
 
 class Average(Config):
     """How the averaged copy of the student is made: the teacher, or the network that is evaluated."""
@@ -59,6 +67,13 @@ class Average(Config):
     period: t <- ratio t + (1-ratio) s once every `train.period` steps (DerProp's momentum network)."""
     decay: float = Field(0.996, ge=0.0, lt=1.0, json_schema_extra=choices([0.99, 0.996, 0.999, 0.9996]))
     """Largest decay of `ema`, per step."""
+    start: int = Field(0, ge=0)
+    """ema: period (`train.period`) from whose first step on i counts; before it the copy is the student itself."""
+    copied: int = Field(0, ge=0, json_schema_extra=choices([0, 1]))
+    """ema: periods, after `start`, in which the copy is still the student itself."""
+    buffers: Literal["averaged", "own"] = "averaged"
+    """ema: BatchNorm's running statistics. averaged: as the weights are. own: from the passes that the method makes
+    with the copy in train mode."""
     ratio: float = Field(0.5, gt=0.0, lt=1.0, json_schema_extra=search(0.3, 0.9))
     """Share that the averaged copy keeps at each update of `period`."""
     at: Literal["end", "start"] = "end"
@@ -83,7 +98,7 @@ class StepContext:
     student: Segmentor
     teacher: Segmentor | None
     """The averaged copy, in eval mode; None when the method has none. Before its first update it equals the
-    student's first weights."""
+    student's first weights. A method may set it to train mode for a pass if it keeps `buffers: own`."""
     step: int
     """Global step, from 0."""
     steps: int
@@ -108,6 +123,16 @@ class StepContext:
         return (self.uniform(slots_B, name, channels) >= drop).to(torch.float32) / (1.0 - drop)
 
 
+def group_size(group: int | None, unlabeled: int) -> int:
+    """Unlabeled images of neighbouring global slots that are mixed with each other.
+
+    Args:
+        group: `method.group`; None = 4, or all where they are fewer.
+        unlabeled: images of a step over all ranks.
+    """
+    return min(unlabeled, 4) if group is None else group
+
+
 class Method(nn.Module, ABC):
     """A semi-supervised method; a module, so that its buffers (thresholds, memories) are saved like any other.
 
@@ -119,7 +144,9 @@ class Method(nn.Module, ABC):
     average: Average
     """How the averaged copy of the student is kept."""
     strong_views: int
-    """Strong views of each unlabeled image; 0 = the method does not use unlabeled images."""
+    """Strong views of each unlabeled image; 0 = its weak view alone."""
+    uses_unlabeled: bool = True
+    """False when the method reads no unlabeled image."""
     second_view: bool = False
     """True when the method needs a second random geometry of each unlabeled image."""
     unlabeled_optional: bool = False

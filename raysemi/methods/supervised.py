@@ -27,6 +27,7 @@ class Supervised(Method):
     """Mean cross-entropy over the labeled pixels."""
 
     strong_views = 0
+    uses_unlabeled = False
 
     def __init__(self, config: SupervisedConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)

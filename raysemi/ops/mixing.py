@@ -1,4 +1,4 @@
-"""CutMix: inside a box, an image and all that belongs to its pixels come from the partner slot.
+"""CutMix: inside a box, an image and all that belongs to its pixels come from a partner slot.
 
 Axes: U images of this rank, H x W pixels; the dots of `[U, ..., H, W]` are channels or nothing. No host wait.
 """
@@ -33,6 +33,38 @@ def partner(x: Tensor) -> Tensor:
         )
     row = torch.arange(rows, device=x.device) ^ 1
     return x[torch.where(row < rows, row, 0)]  # index_select would lose channels-last
+
+
+def next_in_group(x: Tensor, group: int) -> Tensor:
+    """Row i of the result is the row after i within its group of neighbouring rows; after the last comes the first.
+
+    Args:
+        x: [U, ...], U a multiple of `group`.
+        group: rows of a group; a group of global slots stays on one rank.
+    """
+    row = torch.arange(len(x), device=x.device)
+    return x[row // group * group + (row + 1) % group]
+
+
+def half_boxes(uniform_U3: Tensor, height: int, width: int) -> Tensor:
+    """Boxes of half the image's area: width a whole number in [W/2 + 1, W), height and position follow.
+
+    Args:
+        uniform_U3: numbers in [0, 1): of the width, left and top of each box.
+        height, width: of the images.
+
+    Returns:
+        int64 (left, top, right, bottom) in pixels, half open: [U, 4].
+
+    Source: the code of U2PL (Wang et al. 2022, arXiv:2203.03884).
+    """
+    # a number below 1, times a whole number, rounds to less than it in fp32 too
+    narrowest = width // 2 + 1
+    box_width = narrowest + (uniform_U3[:, 0] * max(width - narrowest, 1)).long()
+    box_height = (height * width + box_width) // (2 * box_width)  # rounded half up
+    left = (uniform_U3[:, 1] * (width - box_width + 1)).long()
+    top = (uniform_U3[:, 2] * (height - box_height + 1)).long()
+    return torch.stack((left, top, left + box_width, top + box_height), dim=1)
 
 
 def inside(boxes_U4: Tensor, height: int, width: int) -> Tensor:

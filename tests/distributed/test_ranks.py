@@ -28,6 +28,11 @@ CASES = {
     "derprop-momentum": [
         "derprop", "method.threshold.initial=0.145", "method.labeler=momentum", "method.fp.weight=0",
     ],
+    "u2pl": [
+        "u2pl", "method.group=2", "method.cutmix=1", "method.warmup_periods=1", "method.contrast.delta_p=0.1",
+        "method.representation.hidden=6", "method.representation.dim=8", "method.queue.size=150",
+        "method.queue.first_size=250", "method.queue.max_new=20",
+    ],
 }  # fmt: skip
 """Method, and settings beside those of `trace`."""
 STEPS = 3
@@ -54,8 +59,9 @@ def trace(pools: Path, folder: Path, case: str, across: Any) -> Trace:
         student, learner, config.train, config.optim,
         across=across, device=torch.device("cpu"), period=1, seed=config.seed,
     )  # fmt: skip
+    read = ("labeled", "unlabeled") if learner.uses_unlabeled else ("labeled",)
     stream = Stream(
-        config.data, {name: Pool.open(pools / name) for name in ("labeled", "unlabeled")}, config.seed, 4, 4,
+        config.data, {name: Pool.open(pools / name) for name in read}, config.seed, 4, 4,
         across.rank, across.world, learner.strong_views, learner.second_view, 0, STEPS,
     )  # fmt: skip
     losses, gradient = [], None

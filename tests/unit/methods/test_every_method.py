@@ -17,12 +17,14 @@ from raysemi.models.encoders import Features
 from raysemi.models.segmentor import Prediction
 
 CLASSES = 4
+QUEUE = {"size": 30, "first_size": 40}
 TRUSTING = {
     "fixmatch": {"threshold": 0.2},
     "unimatch": {"threshold": 0.2},
     "unimatch_v2": {"threshold": 0.2},
     "corrmatch": {"region": {"segments": 6}, "threshold": {"initial": 0.2}},
     "derprop": {"region": {"segments": 6}, "threshold": {"initial": 0.2}},
+    "u2pl": {"contrast": {"delta_p": 0.2}, "representation": {"hidden": 5, "dim": 7}, "queue": QUEUE},
 }
 """Settings under which a network that has learned nothing trusts some of its pixels."""
 
