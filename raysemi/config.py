@@ -20,14 +20,8 @@ from raysemi.engine.trainer import TrainConfig
 from raysemi.errors import ConfigError
 from raysemi.methods import METHODS
 from raysemi.methods.base import group_size
+from raysemi.methods.weighting import NoWeightingConfig, WeightingConfig
 from raysemi.models.segmentor import ModelConfig
-
-
-class WeightingConfig(Config):
-    """`weighting.*`: factors on pseudo-labeled pixels."""
-
-    name: Literal["none"] = "none"
-    """none: every trusted pixel counts as its method says."""
 
 
 class GradientsConfig(Config):
@@ -81,7 +75,7 @@ class RunConfig(Config):
     """The network."""
     method: AnyMethodConfig
     """The method, chosen by `method.name`."""
-    weighting: WeightingConfig = WeightingConfig()
+    weighting: WeightingConfig = NoWeightingConfig()
     """Weights of pseudo-labeled pixels."""
     gradients: GradientsConfig = GradientsConfig()
     """The gradient rule."""
@@ -166,6 +160,27 @@ def _pools_are_named(data: DataConfig, method: Any) -> Iterator[str]:
         )
 
 
+def _may_be_weighted(weighting: Any, method: Any, model: ModelConfig) -> Iterator[str]:
+    if weighting.name == "none":
+        return
+    if weighting.k > model.channels:
+        yield (
+            f"weighting.k must be at most model.channels, {model.channels}; got {weighting.k}. Lower it, or raise "
+            "model.channels."
+        )
+    if not _learner(method).weighted:
+        yield (
+            f"weighting.name must be none, since method {method.name} has no pseudo-labels to weigh; got "
+            f"{weighting.name}. Set weighting=none, or take a method that has some."
+        )
+    partner = getattr(getattr(method, "cutmix", None), "partner", "pair")
+    if partner != "pair":
+        yield (
+            f"method.cutmix.partner must be pair with weighting {weighting.name}, since what another view pastes has "
+            f"no weights; got {partner}. Set it to pair, or weighting=none."
+        )
+
+
 def _ranks_fit(
     train: TrainConfig, method: Any, data: DataConfig, model: ModelConfig, ray: RayConfig | Literal["none"]
 ) -> Iterator[str]:
@@ -230,4 +245,4 @@ def _secrets(path: str, value: Any) -> Iterator[str]:
         )
 
 
-_RULES = (_stop_within_steps, _pools_are_named, _ranks_fit)
+_RULES = (_stop_within_steps, _pools_are_named, _may_be_weighted, _ranks_fit)

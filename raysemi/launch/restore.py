@@ -14,6 +14,7 @@ from raysemi.engine.folder import RunFolder
 from raysemi.errors import CheckpointError, ConfigError, DataError
 from raysemi.methods import METHODS
 from raysemi.methods.base import Method
+from raysemi.methods.weighting import build_weighting
 from raysemi.models.segmentor import ModelConfig, Segmentor, build_segmentor
 
 
@@ -122,7 +123,7 @@ def refuse_another_run(config: RunConfig) -> None:
 
 
 def build(config: RunConfig, num_classes: int, model: ModelConfig | None = None) -> tuple[Segmentor, Method]:
-    """The student with the heads that its method asks for, and the method, on the CPU.
+    """The student with the heads that its method asks for, and the method with its weighting, on the CPU.
 
     Args:
         config: the run.
@@ -131,6 +132,7 @@ def build(config: RunConfig, num_classes: int, model: ModelConfig | None = None)
     """
     method = METHODS[config.method.name][1](config.method, num_classes)
     student = build_segmentor(model or config.model, num_classes, method.heads, config.seed)
+    method.weighting = build_weighting(config.weighting, num_classes, student.penultimate_channels)
     return student, method
 
 

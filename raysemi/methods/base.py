@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from raysemi.base import Config, choices, search
 from raysemi.data.types import SemiBatch
+from raysemi.methods.weighting import NoWeighting, Weighting
 from raysemi.models.segmentor import Channels, Segmentor
 from raysemi.ops import draws
 from raysemi.ops.losses import Objective
@@ -149,12 +150,15 @@ class Method(nn.Module, ABC):
     """False when the method reads no unlabeled image."""
     second_view: bool = False
     """True when the method needs a second random geometry of each unlabeled image."""
+    weighted: bool = False
+    """True when its pseudo-labeled pixels may be weighted: it asks `self.weighting`."""
     unlabeled_optional: bool = False
     """True when the method also trains without an unlabeled pool; its batches then have U = 0."""
 
     @abstractmethod
     def __init__(self, config: Any, num_classes: int) -> None:
         super().__init__()
+        self.weighting: Weighting = NoWeighting()
 
     def heads(self, channels: Channels) -> dict[str, nn.Module]:
         """Extra heads that the student needs, by name; `context.student.heads[name]` in a step. None by default.

@@ -32,10 +32,9 @@ from raysemi.methods.propagation import (
     RegionConfig,
     ThresholdConfig,
     View,
-    hard_loss,
     labeled_pair,
+    lessons,
     observe_taught,
-    over_valid,
     propagated,
     soft_targets,
     strong_pass,
@@ -124,6 +123,7 @@ class CorrMatch(Method):
 
     threshold: Tensor
     strong_views = 1
+    weighted = True
     unlabeled_optional = True
 
     def __init__(self, config: CorrMatchConfig, num_classes: int) -> None:
@@ -162,23 +162,19 @@ class CorrMatch(Method):
         observe_taught(taught, taught.base.label_UHW, self.threshold, batch, context)
         strong = strong_pass(strong_U3HW, batch, context)
 
-        base, trusted_UHW = taught.base, taught.base_trusted_UHW
-        final, expanded_UHW = taught.final, taught.expanded_UHW
+        views = both.images(slice(num_labeled)), weak, strong
+        weak_lesson, strong_lesson = lessons(self.weighting, config, views, taught, batch, context)
         distribution_UKHW, allowed_UHW = soft_targets(taught, config.kl_target, batch.boxes_VU4[0])
-        kl_kept_UHW = (taught.trusted_UHW if config.kl_mask == "base" else expanded_UHW) & allowed_UHW
-        divergence = over_valid(kl_divergence(strong.logits_BKHW, distribution_UKHW, kl_kept_UHW), final)
+        kept_UHW = (taught.trusted_UHW if config.kl_mask == "base" else taught.expanded_UHW) & allowed_UHW
+        divergence = kl_divergence(strong.logits_BKHW, distribution_UKHW, kept_UHW * strong_lesson.weight_UHW)
         pairs = {
-            "strong": (config.strong_weight, hard_loss(strong.logits_BKHW, final, expanded_UHW)),
-            "kl": (config.kl_weight, divergence),
-            "propagated_strong": (
-                0.5 * config.propagated_weight, hard_loss(self._spread(strong), final, expanded_UHW)
-            ),
-            "propagated_weak": (
-                0.5 * config.propagated_weight, hard_loss(spread_BKHW[num_labeled:], base, trusted_UHW)
-            ),
-        }  # fmt: skip
+            "strong": (config.strong_weight, strong_lesson.loss(strong.logits_BKHW)),
+            "kl": (config.kl_weight, strong_lesson.over_valid(divergence)),
+            "propagated_strong": (0.5 * config.propagated_weight, strong_lesson.loss(self._spread(strong))),
+            "propagated_weak": (0.5 * config.propagated_weight, weak_lesson.loss(spread_BKHW[num_labeled:])),
+        }
         if perturbed_UKHW is not None:
-            pairs["perturbed"] = (config.fp.weight, hard_loss(perturbed_UKHW, base, trusted_UHW))
+            pairs["perturbed"] = (config.fp.weight, weak_lesson.loss(perturbed_UKHW))
         return terms | {name: unsupervised(pair, _HALF * weight) for name, (weight, pair) in pairs.items()}
 
     def _factors(self, projections: Projections) -> tuple[Tensor, Tensor]:

@@ -35,19 +35,17 @@ from raysemi.methods.propagation import (
     CutMixConfig,
     FeaturePerturbationConfig,
     KlTarget,
+    Lesson,
     Pair,
     RegionConfig,
     Taught,
     ThresholdConfig,
     View,
-    at_nodes,
-    hard_loss,
     labeled_and_strong_pass,
     labeled_pair,
+    lessons,
     momentum_pass,
     observe_taught,
-    outside_box,
-    over_valid,
     propagated,
     soft_targets,
     strong_pass,
@@ -57,6 +55,7 @@ from raysemi.methods.propagation import (
 from raysemi.models.decoders import resize
 from raysemi.models.heads import CorrelationHead
 from raysemi.models.segmentor import Channels
+from raysemi.ops.cells import at_nodes, outside_box
 from raysemi.ops.losses import (
     Criterion,
     Objective,
@@ -217,6 +216,7 @@ class DerProp(Method):
 
     threshold: Tensor
     strong_views = 1
+    weighted = True
     unlabeled_optional = True
 
     def __init__(self, config: DerPropConfig, num_classes: int) -> None:
@@ -250,17 +250,19 @@ class DerProp(Method):
             weak = momentum_pass(batch, context)
             strong_U3HW, taught, _ = self._taught(weak, batch, context)
             labeled, strong = labeled_and_strong_pass(strong_U3HW, batch, context)
-            pairs = {}
+            spread_UKHW, perturbed_UKHW = None, None
         else:
             both, perturbed_UKHW = weak_pass(batch, context, perturb=self.config.fp.weight > 0.0)
             num_labeled = len(batch.image_L3HW)
             labeled, weak = both.images(slice(num_labeled)), both.images(slice(num_labeled, None))
             strong_U3HW, taught, spread_UKHW = self._taught(weak, batch, context)
             strong = strong_pass(strong_U3HW, batch, context)
-            pairs = self._weak_losses(perturbed_UKHW, spread_UKHW, taught)
 
         terms = self._labeled_terms(labeled, batch, context)
-        pairs |= self._strong_losses(strong, weak, taught, batch)
+        views = labeled, weak, strong
+        weak_lesson, strong_lesson = lessons(self.weighting, self.config, views, taught, batch, context)
+        pairs = {} if spread_UKHW is None else self._weak_losses(perturbed_UKHW, spread_UKHW, weak_lesson)
+        pairs |= self._strong_losses(strong, weak, taught, strong_lesson, batch)
         return terms | {name: unsupervised(pair, _HALF * weight) for name, (weight, pair) in pairs.items()}
 
     def _spread(self, view: View) -> Tensor:
@@ -297,34 +299,32 @@ class DerProp(Method):
         return terms
 
     def _weak_losses(
-        self, perturbed_UKHW: Tensor | None, spread_UKHW: Tensor, taught: Taught
+        self, perturbed_UKHW: Tensor | None, spread_UKHW: Tensor, lesson: Lesson
     ) -> dict[str, tuple[float, Pair]]:
         """L_fp and the weak half of L_c: taught by un-mixed labels, which no region has changed."""
-        base, trusted_UHW = taught.base, taught.base_trusted_UHW
-        losses = {"propagated_weak": (0.5 * self.config.propagated_weight, hard_loss(spread_UKHW, base, trusted_UHW))}
+        losses = {"propagated_weak": (0.5 * self.config.propagated_weight, lesson.loss(spread_UKHW))}
         if perturbed_UKHW is not None:
-            losses["perturbed"] = (self.config.fp.weight, hard_loss(perturbed_UKHW, base, trusted_UHW))
+            losses["perturbed"] = (self.config.fp.weight, lesson.loss(perturbed_UKHW))
         return losses
 
     def _strong_losses(
-        self, strong: View, weak: View, taught: Taught, batch: SemiBatch
+        self, strong: View, weak: View, taught: Taught, lesson: Lesson, batch: SemiBatch
     ) -> dict[str, tuple[float, Pair]]:
         """L_soft, L_kl, the strong half of L_c, L_der_u, L_sp of the strong view."""
         config, logits_UKHW = self.config, strong.logits_BKHW
-        final, expanded_UHW = taught.final, taught.expanded_UHW
+        expanded_UHW, weight_UHW = taught.expanded_UHW, lesson.weight_UHW
         distribution_UKHW, allowed_UHW = soft_targets(taught, config.kl_target, batch.boxes_VU4[0])
         kl_kept_UHW = (taught.trusted_UHW if config.kl_mask == "base" else expanded_UHW) & allowed_UHW
         if config.strong_target == "hard":
-            strong_pair = hard_loss(logits_UKHW, final, expanded_UHW)
+            strong_pair = lesson.loss(logits_UKHW)
         else:
-            soft = soft_cross_entropy(logits_UKHW, distribution_UKHW, expanded_UHW & allowed_UHW)
-            strong_pair = over_valid(soft, final)
-        divergence = over_valid(kl_divergence(logits_UKHW, distribution_UKHW, kl_kept_UHW), final)
-        spread_pair = hard_loss(self._spread(strong), final, expanded_UHW)
+            kept_UHW = (expanded_UHW & allowed_UHW) * weight_UHW
+            strong_pair = lesson.over_valid(soft_cross_entropy(logits_UKHW, distribution_UKHW, kept_UHW))
+        divergence = kl_divergence(logits_UKHW, distribution_UKHW, kl_kept_UHW * weight_UHW)
         losses = {
             "strong": (config.strong_weight, strong_pair),
-            "kl": (config.kl_weight, divergence),
-            "propagated_strong": (0.5 * config.propagated_weight, spread_pair),
+            "kl": (config.kl_weight, lesson.over_valid(divergence)),
+            "propagated_strong": (0.5 * config.propagated_weight, lesson.loss(self._spread(strong))),
         }
         if config.matches_maps:
             size = logits_UKHW.shape[2], logits_UKHW.shape[3]

@@ -15,7 +15,8 @@ from pydantic import Field
 from raysemi.base import Config, search
 from raysemi.data.types import SemiBatch
 from raysemi.methods.base import Average, Method, StepContext, Teacher
-from raysemi.ops.losses import Criterion, Objective, labeled_loss, pixel_cross_entropy, supervised, unsupervised
+from raysemi.methods.weighting import UnlabeledPass
+from raysemi.ops.losses import Criterion, Objective, labeled_loss, supervised, unsupervised
 from raysemi.ops.mixing import paste
 from raysemi.ops.pseudo_label import confidence_and_label
 
@@ -38,6 +39,7 @@ class FixMatch(Method):
     """Consistency between the teacher on weak and the student on strong views."""
 
     strong_views = 1
+    weighted = True
 
     def __init__(self, config: FixMatchConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
@@ -50,8 +52,8 @@ class FixMatch(Method):
         """The labeled loss and the consistency on CutMixed strong views."""
         assert context.teacher is not None  # the config refuses average.kind: none
         with torch.no_grad():
-            teacher_UKHW = context.teacher(batch.weak_U3HW).logits_BKHW
-        confidence_UHW, pseudo_UHW = confidence_and_label(teacher_UKHW)
+            weak = context.teacher(batch.weak_U3HW)
+        confidence_UHW, pseudo_UHW = confidence_and_label(weak.logits_BKHW)
         trusted_UHW = (confidence_UHW >= self.threshold) & batch.valid_UHW
         context.observe("pseudo", pseudo_UHW)
         context.observe("confidence", confidence_UHW)
@@ -59,16 +61,20 @@ class FixMatch(Method):
         context.observe("kept_ratio", trusted_UHW.sum() / batch.valid_UHW.sum().clamp(min=1))
 
         # CutMix: what is pasted from the partner slot is pasted everywhere, or the target belongs to another image
-        strong_U3HW, pseudo_UHW, trusted_UHW, valid_UHW = paste(
-            batch.boxes_VU4[0], batch.strong_VU3HW[0], pseudo_UHW, trusted_UHW, batch.valid_UHW
+        reliable_UHW = self.weighting.reliable(pseudo_UHW, confidence_UHW, batch)
+        strong_U3HW, label_UHW, trusted_UHW, valid_UHW, reliable_UHW = paste(
+            batch.boxes_VU4[0], batch.strong_VU3HW[0], pseudo_UHW, trusted_UHW, batch.valid_UHW, reliable_UHW
         )
 
         images = torch.cat((batch.image_L3HW, strong_U3HW))  # one student pass: both share BatchNorm's statistics
         sizes = [len(batch.image_L3HW), len(strong_U3HW)]
-        logits_LKHW, logits_UKHW = context.student(images).logits_BKHW.split(sizes)
-        labeled = labeled_loss(self.criterion, logits_LKHW, batch.label_LHW, context.across)
-        consistency = pixel_cross_entropy(logits_UKHW, pseudo_UHW, counted_BHW=valid_UHW, weight_BHW=trusted_UHW)
+        labeled, strong = context.student(images).split(sizes)
+        self.weighting.remember(labeled, [UnlabeledPass(strong, label_UHW, reliable_UHW)], batch, context)
+        weight_UHW = paste(batch.boxes_VU4[0], self.weighting.weigh(weak, pseudo_UHW, context))
+
+        labeled_pair = labeled_loss(self.criterion, labeled.logits_BKHW, batch.label_LHW, context.across)
+        consistency = self.weighting.cross_entropy(strong.logits_BKHW, label_UHW, valid_UHW, trusted_UHW, weight_UHW)
         return {
-            "supervised": supervised(labeled, weight=0.5),
+            "supervised": supervised(labeled_pair, weight=0.5),
             "consistency": unsupervised(consistency, weight=0.5 * self.factor),
         }

@@ -15,7 +15,8 @@ from pydantic import Field
 from raysemi.base import Config, choices, search
 from raysemi.data.types import SemiBatch
 from raysemi.methods.base import Average, Method, StepContext, Teacher
-from raysemi.ops.losses import Criterion, Objective, labeled_loss, pixel_cross_entropy, supervised, unsupervised
+from raysemi.methods.weighting import UnlabeledPass
+from raysemi.ops.losses import Criterion, Objective, labeled_loss, supervised, unsupervised
 from raysemi.ops.pseudo_label import confidence_and_label
 from raysemi.ops.schedules import linear
 
@@ -38,6 +39,7 @@ class MeanTeacher(Method):
     """Consistency with the teacher's labels, all of them."""
 
     strong_views = 1
+    weighted = True
 
     def __init__(self, config: MeanTeacherConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
@@ -48,19 +50,24 @@ class MeanTeacher(Method):
         """The labeled loss and the consistency on strong views."""
         assert context.teacher is not None  # the config refuses average.kind: none
         with torch.no_grad():
-            teacher_UKHW = context.teacher(batch.weak_U3HW).logits_BKHW
-        confidence_UHW, pseudo_UHW = confidence_and_label(teacher_UKHW)
+            weak = context.teacher(batch.weak_U3HW)
+        confidence_UHW, pseudo_UHW = confidence_and_label(weak.logits_BKHW)
         context.observe("pseudo", pseudo_UHW)
         context.observe("confidence", confidence_UHW)
         context.observe("trusted", batch.valid_UHW)
 
         images = torch.cat((batch.image_L3HW, batch.strong_VU3HW[0]))  # one pass: both share BatchNorm's statistics
         sizes = [len(batch.image_L3HW), len(batch.weak_U3HW)]
-        logits_LKHW, logits_UKHW = context.student(images).logits_BKHW.split(sizes)
-        labeled = labeled_loss(self.config.criterion, logits_LKHW, batch.label_LHW, context.across)
-        consistency = pixel_cross_entropy(logits_UKHW, pseudo_UHW, counted_BHW=batch.valid_UHW)
+        labeled, strong = context.student(images).split(sizes)
+        reliable_UHW = self.weighting.reliable(pseudo_UHW, confidence_UHW, batch)
+        self.weighting.remember(labeled, [UnlabeledPass(strong, pseudo_UHW, reliable_UHW)], batch, context)
+        weight_UHW = self.weighting.weigh(weak, pseudo_UHW, context)
+
+        labeled_pair = labeled_loss(self.config.criterion, labeled.logits_BKHW, batch.label_LHW, context.across)
+        valid_UHW = batch.valid_UHW
+        consistency = self.weighting.cross_entropy(strong.logits_BKHW, pseudo_UHW, valid_UHW, valid_UHW, weight_UHW)
         factor = self.config.unsupervised_weight * linear(context.step, self.config.ramp * context.steps)
         return {
-            "supervised": supervised(labeled, weight=0.5),
+            "supervised": supervised(labeled_pair, weight=0.5),
             "consistency": unsupervised(consistency, weight=0.5 * factor),
         }

@@ -21,10 +21,10 @@ from raysemi.base import Config, choices, search
 from raysemi.data.types import SemiBatch
 from raysemi.errors import ConfigError
 from raysemi.methods.base import AcrossRanks, StepContext
-from raysemi.methods.propagation import at_nodes
 from raysemi.methods.queues import ClassQueues
 from raysemi.models.decoders import resize
 from raysemi.models.segmentor import Prediction
+from raysemi.ops.cells import at_nodes
 from raysemi.ops.contrast import (
     at_cells,
     class_ranks,

@@ -19,9 +19,11 @@ from raysemi.base import Config, choices, search
 from raysemi.data.types import SemiBatch
 from raysemi.methods.base import StepContext, in_eval_mode
 from raysemi.methods.perturbation import with_perturbed
+from raysemi.methods.weighting import UnlabeledPass, Weighting
 from raysemi.models.decoders import resize
-from raysemi.models.segmentor import Segmentor
-from raysemi.ops.losses import Criterion, Objective, labeled_loss, pixel_cross_entropy, supervised
+from raysemi.models.segmentor import Prediction, Segmentor
+from raysemi.ops.cells import Size
+from raysemi.ops.losses import Criterion, Objective, labeled_loss, supervised
 from raysemi.ops.mixing import inside, paste
 from raysemi.ops.pseudo_label import confidence_and_label, peaks_by_class, update_threshold
 from raysemi.ops.regions import propagate_regions
@@ -31,8 +33,6 @@ HIDDEN = 256
 """Channels of the correlation head before its projections."""
 _HEAD_DROP, _FEATURE_DROP = 0.1, 0.5
 
-Size = tuple[int, int]
-"""Height and width."""
 Pair = tuple[Tensor, Tensor]
 """A sum, and what it is divided by over all ranks."""
 
@@ -115,15 +115,28 @@ class Projections:
 class View:
     """What the student says of some images."""
 
-    logits_BKHW: Tensor
-    """At least fp32."""
+    seen: Prediction
+    """With logits of at least fp32."""
     projections: Projections
-    cells: Size
-    """Of the encoder's last map."""
+
+    @staticmethod
+    def of(seen: Prediction, projections: Projections) -> View:
+        """From what the network gives, in the type of the pass."""
+        return View(replace(seen, logits_BKHW=at_least_fp32(seen.logits_BKHW)), projections)
+
+    @property
+    def logits_BKHW(self) -> Tensor:
+        """Class scores at the size of the images."""
+        return self.seen.logits_BKHW
+
+    @property
+    def cells(self) -> Size:
+        """Of the encoder's last map."""
+        return self.seen.features.high_BDhw.shape[2], self.seen.features.high_BDhw.shape[3]
 
     def images(self, rows: slice) -> View:
         """What it says of some of them."""
-        return View(self.logits_BKHW[rows], self.projections.images(rows), self.cells)
+        return View(self.seen.images(rows), self.projections.images(rows))
 
 
 def weak_pass(batch: SemiBatch, context: StepContext, perturb: bool) -> tuple[View, Tensor | None]:
@@ -143,12 +156,11 @@ def weak_pass(batch: SemiBatch, context: StepContext, perturb: bool) -> tuple[Vi
         )
     )
     projections = Projections.of(*context.student.heads["correlation"](features.high_BDhw, keep_BC=keep_BC))
-    cells = features.high_BDhw.shape[2], features.high_BDhw.shape[3]
     if perturb and len(batch.weak_U3HW) > 0:
         features = with_perturbed(features, slice(num_labeled, None), batch.slots_U, _FEATURE_DROP, context)
-    logits_BKHW = context.student.decode(features, images_B3HW.shape[-2:]).logits_BKHW
-    clean_BKHW, perturbed_UKHW = at_least_fp32(logits_BKHW).tensor_split([len(images_B3HW)])
-    return View(clean_BKHW, projections, cells), perturbed_UKHW if len(perturbed_UKHW) > 0 else None
+    both = View.of(context.student.decode(features, images_B3HW.shape[-2:]), projections)
+    clean, perturbed_UKHW = both.images(slice(len(images_B3HW))), both.logits_BKHW[len(images_B3HW) :]
+    return clean, perturbed_UKHW if len(perturbed_UKHW) > 0 else None
 
 
 def strong_pass(strong_U3HW: Tensor, batch: SemiBatch, context: StepContext) -> View:
@@ -179,8 +191,7 @@ def momentum_pass(batch: SemiBatch, context: StepContext) -> View:
 def _see(network: Segmentor, images_B3HW: Tensor, keep_BC: Tensor | None) -> View:
     features = network.encode(images_B3HW)
     projections = Projections.of(*network.heads["correlation"](features.high_BDhw, keep_BC=keep_BC))
-    logits_BKHW = network.decode(features, images_B3HW.shape[-2:]).logits_BKHW
-    return View(at_least_fp32(logits_BKHW), projections, (features.high_BDhw.shape[2], features.high_BDhw.shape[3]))
+    return View.of(network.decode(features, images_B3HW.shape[-2:]), projections)
 
 
 @dataclass(frozen=True)
@@ -317,14 +328,61 @@ def soft_targets(taught: Taught, kl_target: KlTarget, boxes_U4: Tensor) -> tuple
     return (taught.final if kl_target == "pasted" else taught.base).distribution_UKHW, allowed_UHW
 
 
-def hard_loss(logits_UKHW: Tensor, targets: Targets, kept_UHW: Tensor) -> Pair:
-    """Cross-entropy to the labels on kept pixels, over the number of all valid ones."""
-    return pixel_cross_entropy(logits_UKHW, targets.label_UHW, counted_BHW=targets.valid_UHW, weight_BHW=kept_UHW)
+@dataclass(frozen=True)
+class Lesson:
+    """Labels of some views' pixels, which of them are taught, and what each weighs."""
+
+    targets: Targets
+    kept_UHW: Tensor
+    """bool."""
+    weight_UHW: Tensor
+    weighting: Weighting
+
+    def loss(self, logits_UKHW: Tensor) -> Pair:
+        """Cross-entropy to the labels on kept pixels, over the number of all valid ones."""
+        targets = self.targets
+        return self.weighting.cross_entropy(
+            logits_UKHW, targets.label_UHW, targets.valid_UHW, self.kept_UHW, self.weight_UHW
+        )
+
+    def over_valid(self, total: Tensor) -> Pair:
+        """Another sum over such pixels, over the number of all valid ones."""
+        valid = self.targets.valid_UHW.sum(dtype=torch.int64).to(total.dtype)
+        return total, self.weighting.normaliser(self.targets.valid_UHW, self.weight_UHW, valid)
 
 
-def over_valid(total: Tensor, targets: Targets) -> Pair:
-    """A sum over kept pixels, over the number of all valid ones."""
-    return total, targets.valid_UHW.sum(dtype=torch.int64).to(total.dtype)
+def lessons(
+    weighting: Weighting,
+    config: TeachingConfig,
+    views: tuple[View, View, View],
+    taught: Taught,
+    batch: SemiBatch,
+    context: StepContext,
+) -> tuple[Lesson, Lesson]:
+    """What weak and what strong views are taught, weighed; takes this step's vectors into the memory before.
+
+    Args:
+        weighting: of the run.
+        config: whether there are regions, whose label may be another one than the weak view's.
+        views: labeled and strong ones as the student sees them, between them the weak ones as the labeler does.
+        taught: labels.
+        batch: the boxes.
+        context: the step.
+    """
+    labeled, weak, strong = views
+    boxes_U4, base, final = batch.boxes_VU4[0], taught.base, taught.final
+    reliable_UHW = paste(boxes_U4, weighting.reliable(base.label_UHW, base.confidence_UHW, batch))
+    weighting.remember(labeled.seen, [UnlabeledPass(strong.seen, final.label_UHW, reliable_UHW)], batch, context)
+    base_UHW = weighting.weigh(weak.seen, base.label_UHW, context)
+    final_UHW = paste(boxes_U4, base_UHW)
+    if config.region.enable:  # regions lie outside of the boxes, where the pixels are the image's own
+        box_UHW = inside(boxes_U4, final_UHW.shape[1], final_UHW.shape[2])
+        silent = replace(context, listener=None)
+        final_UHW = torch.where(box_UHW, final_UHW, weighting.weigh(weak.seen, final.label_UHW, silent))
+    return (
+        Lesson(base, taught.base_trusted_UHW, base_UHW, weighting),
+        Lesson(final, taught.expanded_UHW, final_UHW, weighting),
+    )
 
 
 def next_threshold(
@@ -413,41 +471,6 @@ def region_shapes(
     rows_UShw = map_rows(left_UCN, right_UCN, rows_S).unflatten(2, cells)
     shapes_USHW = segments(rows_UShw, allowed_UHW.shape[1], allowed_UHW.shape[2])
     return shapes_USHW.logical_and_(allowed_UHW[:, None])
-
-
-def at_nodes(map_BHW: Tensor, cells: Size) -> Tensor:
-    """A map of labels or truths read at the cells' centres, corners aligned: [B, h * w].
-
-    For a crop of 8 k + 1 pixels and stride 8 these are the pixels [::8, ::8]; never interpolated, since a class
-    between two classes does not exist.
-    """
-    y_h, x_w = (
-        _node_pixels(pixels, nodes, map_BHW.device) for pixels, nodes in zip(map_BHW.shape[1:], cells, strict=True)
-    )
-    return map_BHW.index_select(1, y_h).index_select(2, x_w).flatten(1)
-
-
-def _node_pixels(pixels: int, nodes: int, device: torch.device) -> Tensor:
-    gaps = max(nodes - 1, 1)
-    return (torch.arange(nodes, device=device) * (2 * (pixels - 1)) + gaps) // (2 * gaps)  # rounded half up
-
-
-def outside_box(boxes_U4: Tensor, size: Size, cells: Size) -> Tensor:
-    """Cells of which no part lies in the image's CutMix box: bool [U, h * w].
-
-    A cell reaches half way to the next one's centre. Exact from the corners of the box, so nothing is pooled.
-    """
-    outside = []
-    for low_U, high_U, pixels, nodes in (
-        (boxes_U4[:, 1], boxes_U4[:, 3], size[0], cells[0]),
-        (boxes_U4[:, 0], boxes_U4[:, 2], size[1], cells[1]),
-    ):
-        gaps = max(nodes - 1, 1)
-        centre_n = torch.arange(nodes, device=boxes_U4.device) * (2 * (pixels - 1))  # in 1 / (2 gaps) pixels
-        first_U1, last_U1 = low_U[:, None] * (2 * gaps), (high_U[:, None] - 1) * (2 * gaps)
-        touches_Un = (centre_n + (pixels - 1) >= first_U1) & (centre_n - (pixels - 1) <= last_U1)
-        outside.append(~(touches_Un & (high_U > low_U)[:, None]))
-    return (outside[0][:, :, None] | outside[1][:, None, :]).flatten(1)
 
 
 def labeled_pair(

@@ -32,6 +32,7 @@ from raysemi.data.types import SemiBatch
 from raysemi.errors import ConfigError
 from raysemi.methods.base import Average, Method, StepContext, group_size
 from raysemi.methods.pixel_contrast import Cells, ContrastConfig, PixelContrast, QueueConfig
+from raysemi.methods.weighting import UnlabeledPass
 from raysemi.models.decoders import resize
 from raysemi.models.heads import AuxiliaryHead, RepresentationHead
 from raysemi.models.segmentor import Channels, Prediction, Segmentor
@@ -40,7 +41,6 @@ from raysemi.ops.losses import (
     Criterion,
     Objective,
     labeled_loss,
-    pixel_cross_entropy,
     supervised,
     unsupervised,
 )
@@ -119,6 +119,7 @@ class U2PL(Method):
     """Using unreliable pseudo-labels."""
 
     strong_views = 0
+    weighted = True
 
     def __init__(self, config: U2PLConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
@@ -153,11 +154,14 @@ class U2PL(Method):
             return self._labeled_alone(batch, context)
 
         with torch.no_grad():
-            weak_UKHW = teacher(batch.weak_U3HW).logits_BKHW
-        confidence_UHW, pseudo_UHW = confidence_and_label(weak_UKHW)
-        clean_UHW = entropy(weak_UKHW)
-        mixed_U3HW, label_UHW, valid_UHW, entropy_UHW = self._mix(
-            batch, context, batch.weak_U3HW, pseudo_UHW, batch.valid_UHW, clean_UHW
+            weak = teacher(batch.weak_U3HW)
+        confidence_UHW, pseudo_UHW = confidence_and_label(weak.logits_BKHW)
+        clean_UHW = entropy(weak.logits_BKHW)
+        reliable_UHW = self.weighting.reliable(pseudo_UHW, confidence_UHW, batch)
+        boxes_U4, group = self._boxes(batch, context)
+        own = batch.weak_U3HW, pseudo_UHW, batch.valid_UHW, clean_UHW, reliable_UHW
+        mixed_U3HW, label_UHW, valid_UHW, entropy_UHW, reliable_UHW = paste(
+            boxes_U4, *own, source=[next_in_group(tensor, group) for tensor in own]
         )
 
         images_B3HW, num_labeled = torch.cat((batch.image_L3HW, mixed_U3HW)), len(batch.image_L3HW)
@@ -179,11 +183,16 @@ class U2PL(Method):
         context.observe("kept_ratio", kept_UHW.sum() / valid_UHW.sum().clamp(min=1))
         context.observe("entropy_limit", limit)
 
+        labeled, unlabeled = student.prediction.split([num_labeled, len(mixed_U3HW)])
+        self.weighting.remember(labeled, [UnlabeledPass(unlabeled, label_UHW, reliable_UHW)], batch, context)
+        weight_UHW = self.weighting.weigh(weak, pseudo_UHW, context)
+        weight_UHW = paste(boxes_U4, weight_UHW, source=[next_in_group(weight_UHW, group)])
+
         cells = Cells.of(batch.label_LHW, (label_UHW, valid_UHW, entropy_UHW), (low, high), taught.prediction)
         contrastive = self.contrast(student.representation_BDhw, taught.representation_BDhw, cells, batch, context)
         return {
             **self._labeled_terms(student.prediction, batch, context),
-            "consistency": self._consistency(student.prediction, label_UHW, kept_UHW, context),
+            "consistency": self._consistency(unlabeled.logits_BKHW, label_UHW, kept_UHW, weight_UHW, context),
             "contrastive": unsupervised(contrastive, config.contrast.weight),
         }
 
@@ -199,13 +208,12 @@ class U2PL(Method):
             "contrastive": unsupervised((view.representation_BDhw.sum() * 0.0, zero), self.config.contrast.weight),
         }
 
-    def _mix(self, batch: SemiBatch, context: StepContext, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """CutMix of images and all that belongs to their pixels with the next one of the group."""
+    def _boxes(self, batch: SemiBatch, context: StepContext) -> tuple[Tensor, int]:
+        """CutMix with the next one of the group: boxes, all 0 in groups that are not mixed, and images of a group."""
         group = group_size(self.config.group, len(batch.slots_U) * context.across.world)
         height, width = batch.weak_U3HW.shape[-2:]
         mixed_U1 = context.uniform(batch.slots_U // group, "cutmix/group", 1) < self.config.cutmix
-        boxes_U4 = half_boxes(context.uniform(batch.slots_U, "cutmix/box", 3), height, width) * mixed_U1
-        return paste(boxes_U4, *tensors, source=[next_in_group(tensor, group) for tensor in tensors])
+        return half_boxes(context.uniform(batch.slots_U, "cutmix/box", 3), height, width) * mixed_U1, group
 
     def _see(self, network: Segmentor, images_B3HW: Tensor, batch: SemiBatch, context: StepContext, name: str) -> _View:
         prediction, hidden = network(images_B3HW), self.config.representation.hidden
@@ -228,13 +236,14 @@ class U2PL(Method):
             terms["auxiliary"] = supervised(loss(resize(scores_BKhw, size)), self.config.auxiliary_weight)
         return terms
 
-    def _consistency(self, view: Prediction, label_UHW: Tensor, kept_UHW: Tensor, context: StepContext) -> Objective:
+    def _consistency(
+        self, logits_UKHW: Tensor, label_UHW: Tensor, kept_UHW: Tensor, weight_UHW: Tensor, context: StepContext
+    ) -> Objective:
         """L_u = (all pixels / kept) * mean over the kept ones: the fewer are kept, the more each weighs."""
-        logits_UKHW = view.logits_BKHW[-len(label_UHW) :]
-        total, kept = pixel_cross_entropy(logits_UKHW, label_UHW, counted_BHW=kept_UHW)
+        total, normaliser = self.weighting.cross_entropy(logits_UKHW, label_UHW, kept_UHW, kept_UHW, weight_UHW)
         pixels = kept_UHW.numel() * context.across.world
-        inverse_share = pixels / context.across.sum(kept).clamp(min=1)
-        return unsupervised((total * inverse_share, kept), self.config.unsupervised_weight)
+        inverse_share = pixels / context.across.sum(kept_UHW.sum()).clamp(min=1)
+        return unsupervised((total * inverse_share, normaliser), self.config.unsupervised_weight)
 
 
 def _keep(batch: SemiBatch, context: StepContext, num_images: int, name: str, channels: int) -> Tensor:

@@ -19,7 +19,9 @@ from raysemi.base import Config, choices, search
 from raysemi.data.types import SemiBatch
 from raysemi.methods.base import Average, Method, StepContext, in_eval_mode
 from raysemi.methods.perturbation import with_perturbed
-from raysemi.ops.losses import Criterion, Objective, labeled_loss, pixel_cross_entropy, supervised, unsupervised
+from raysemi.methods.weighting import UnlabeledPass
+from raysemi.models.segmentor import Prediction
+from raysemi.ops.losses import Criterion, Objective, labeled_loss, supervised, unsupervised
 from raysemi.ops.mixing import partner, paste
 from raysemi.ops.pseudo_label import confidence_and_label
 
@@ -64,6 +66,7 @@ class UniMatch(Method):
     """Two strong streams and one perturbed stream, taught by the student's own weak pass."""
 
     strong_views = 2
+    weighted = True
 
     def __init__(self, config: UniMatchConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
@@ -73,33 +76,40 @@ class UniMatch(Method):
     def objectives(self, batch: SemiBatch, context: StepContext) -> dict[str, Objective]:
         """The labeled loss and three consistency terms."""
         config = self.config
-        logits_LKHW, weak_UKHW, perturbed_UKHW = self._weak_pass(batch, context)
-        confidence_UHW, pseudo_UHW = confidence_and_label(weak_UKHW)
+        labeled, weak, perturbed = self._weak_pass(batch, context)
+        confidence_UHW, pseudo_UHW = confidence_and_label(weak.logits_BKHW)
         trusted_UHW = (confidence_UHW >= config.threshold) & batch.valid_UHW
         context.observe("pseudo", pseudo_UHW)
         context.observe("confidence", confidence_UHW)
         context.observe("trusted", trusted_UHW)
         context.observe("kept_ratio", trusted_UHW.sum() / batch.valid_UHW.sum().clamp(min=1))
 
-        own = pseudo_UHW, trusted_UHW, batch.valid_UHW
+        own = pseudo_UHW, trusted_UHW, batch.valid_UHW, self.weighting.reliable(pseudo_UHW, confidence_UHW, batch)
         theirs = self._partners(batch, context, own)
         mixed = [
             paste(boxes_U4, strong_U3HW, *own, source=(partner(strong_U3HW), *theirs))
             for boxes_U4, strong_U3HW in zip(batch.boxes_VU4, batch.strong_VU3HW, strict=True)
         ]
         # both strong views in one pass of their own, with BatchNorm statistics of their own
-        strong = context.student(torch.cat([views[0] for views in mixed])).logits_BKHW.chunk(self.strong_views)
+        strong = context.student(torch.cat([views[0] for views in mixed])).split([len(pseudo_UHW)] * len(mixed))
+        seen = [UnlabeledPass(view, views[1], views[4]) for view, views in zip(strong, mixed, strict=True)]
+        self.weighting.remember(labeled, seen, batch, context)
+        weight_UHW = self.weighting.weigh(weak, pseudo_UHW, context)
 
-        labeled = labeled_loss(config.criterion, logits_LKHW, batch.label_LHW, context.across)
-        terms = {"supervised": supervised(labeled, _HALF)}
-        for number, (logits_UKHW, (_, *targets)) in enumerate(zip(strong, mixed, strict=True), start=1):
-            terms[f"strong_{number}"] = unsupervised(_consistency(logits_UKHW, *targets), _HALF * config.strong_weight)
-        if perturbed_UKHW is not None:
-            terms["perturbed"] = unsupervised(_consistency(perturbed_UKHW, *own), _HALF * config.fp.weight)
+        loss = labeled_loss(config.criterion, labeled.logits_BKHW, batch.label_LHW, context.across)
+        terms = {"supervised": supervised(loss, _HALF)}
+        for number, (view, (_, label_UHW, kept_UHW, valid_UHW, _)) in enumerate(zip(strong, mixed, strict=True)):
+            mixed_UHW = paste(batch.boxes_VU4[number], weight_UHW)
+            loss = self.weighting.cross_entropy(view.logits_BKHW, label_UHW, valid_UHW, kept_UHW, mixed_UHW)
+            terms[f"strong_{number + 1}"] = unsupervised(loss, _HALF * config.strong_weight)
+        if perturbed is not None:
+            targets = pseudo_UHW, batch.valid_UHW, trusted_UHW, weight_UHW
+            loss = self.weighting.cross_entropy(perturbed.logits_BKHW, *targets)
+            terms["perturbed"] = unsupervised(loss, _HALF * config.fp.weight)
         return terms
 
-    def _weak_pass(self, batch: SemiBatch, context: StepContext) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Logits of labeled and of weak images, in one pass, and of the latter with dropped channels."""
+    def _weak_pass(self, batch: SemiBatch, context: StepContext) -> tuple[Prediction, Prediction, Prediction | None]:
+        """Of labeled and of weak images, in one pass, and of the latter with dropped channels."""
         student, config = context.student, self.config
         images_B3HW = torch.cat((batch.image_L3HW, batch.weak_U3HW))
         num_labeled, num_clean = len(batch.image_L3HW), len(images_B3HW)
@@ -109,20 +119,14 @@ class UniMatch(Method):
             if config.compat.fp_labeled:
                 rows, slots_B = slice(None), torch.cat((~batch.slots_L, batch.slots_U))  # ~: no slot of the other kind
             features = with_perturbed(features, rows, slots_B, config.fp.drop, context)
-        logits_BKHW = student.decode(features, images_B3HW.shape[-2:]).logits_BKHW
-        weak_UKHW = logits_BKHW[num_labeled:num_clean].detach()  # it labels, and learns nothing of its own
-        perturbed_UKHW = logits_BKHW[-len(batch.weak_U3HW) :] if config.fp.weight > 0.0 else None
-        return logits_BKHW[:num_labeled], weak_UKHW, perturbed_UKHW
+        seen = student.decode(features, images_B3HW.shape[-2:])
+        labeled, weak = seen.split([num_labeled, num_clean - num_labeled])
+        return labeled, weak, seen.images(slice(-len(batch.weak_U3HW), None)) if config.fp.weight > 0.0 else None
 
     def _partners(self, batch: SemiBatch, context: StepContext, own: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Pseudo-labels, trusted and valid pixels of each slot's partner."""
+        """Pseudo-labels, trusted, valid and reliable pixels of each slot's partner."""
         if self.config.compat.partner_eval:
             confidence_UHW, pseudo_UHW = confidence_and_label(in_eval_mode(context.student, batch.weak_U3HW))
-            own = pseudo_UHW, (confidence_UHW >= self.config.threshold) & batch.valid_UHW, batch.valid_UHW
+            trusted_UHW = (confidence_UHW >= self.config.threshold) & batch.valid_UHW
+            own = pseudo_UHW, trusted_UHW, batch.valid_UHW, self.weighting.reliable(pseudo_UHW, confidence_UHW, batch)
         return tuple(partner(pixels_UHW) for pixels_UHW in own)
-
-
-def _consistency(
-    logits_UKHW: Tensor, pseudo_UHW: Tensor, trusted_UHW: Tensor, valid_UHW: Tensor
-) -> tuple[Tensor, Tensor]:
-    return pixel_cross_entropy(logits_UKHW, pseudo_UHW, counted_BHW=valid_UHW, weight_BHW=trusted_UHW)

@@ -19,7 +19,8 @@ from raysemi.base import Config, choices, search
 from raysemi.data.types import SemiBatch
 from raysemi.methods.base import Average, Method, StepContext, Teacher
 from raysemi.methods.perturbation import with_complementary
-from raysemi.ops.losses import Criterion, Objective, labeled_loss, pixel_cross_entropy, supervised, unsupervised
+from raysemi.methods.weighting import UnlabeledPass
+from raysemi.ops.losses import Criterion, Objective, labeled_loss, supervised, unsupervised
 from raysemi.ops.mixing import paste
 from raysemi.ops.pseudo_label import confidence_and_label
 
@@ -45,6 +46,7 @@ class UniMatchV2(Method):
     """Two strong streams with complementary channels, taught by the teacher."""
 
     strong_views = 2
+    weighted = True
 
     def __init__(self, config: UniMatchV2Config, num_classes: int) -> None:
         super().__init__(config, num_classes)
@@ -56,8 +58,8 @@ class UniMatchV2(Method):
         assert context.teacher is not None  # the config refuses average.kind: none
         config, student = self.config, context.student
         with torch.no_grad():
-            teacher_UKHW = context.teacher(batch.weak_U3HW).logits_BKHW
-        confidence_UHW, pseudo_UHW = confidence_and_label(teacher_UKHW)
+            weak = context.teacher(batch.weak_U3HW)
+        confidence_UHW, pseudo_UHW = confidence_and_label(weak.logits_BKHW)
         trusted_UHW = (confidence_UHW >= config.threshold) & batch.valid_UHW
         context.observe("pseudo", pseudo_UHW)
         context.observe("confidence", confidence_UHW)
@@ -71,14 +73,17 @@ class UniMatchV2(Method):
         images_B3HW = torch.cat((batch.image_L3HW, *(views[0] for views in mixed)))
         num_labeled, num_unlabeled = len(batch.image_L3HW), len(batch.weak_U3HW)
         features = with_complementary(student.encode(images_B3HW), num_labeled, batch.slots_U, config.dropped, context)
-        logits_BKHW = student.decode(features, images_B3HW.shape[-2:]).logits_BKHW
-        logits_LKHW, *strong = logits_BKHW.split([num_labeled, num_unlabeled, num_unlabeled])
+        seen = student.decode(features, images_B3HW.shape[-2:])
+        labeled, *strong = seen.split([num_labeled, num_unlabeled, num_unlabeled])
+        # half of the student's channels are dropped: the memory takes what the teacher sees of the weak view
+        reliable_UHW = self.weighting.reliable(pseudo_UHW, confidence_UHW, batch)
+        self.weighting.remember(labeled, [UnlabeledPass(weak, pseudo_UHW, reliable_UHW)], batch, context)
+        weight_UHW = self.weighting.weigh(weak, pseudo_UHW, context)
 
-        labeled = labeled_loss(config.criterion, logits_LKHW, batch.label_LHW, context.across)
-        terms = {"supervised": supervised(labeled, weight=0.5)}
-        for number, (logits_UKHW, (_, labels_UHW, kept_UHW, valid_UHW)) in enumerate(
-            zip(strong, mixed, strict=True), start=1
-        ):
-            loss = pixel_cross_entropy(logits_UKHW, labels_UHW, counted_BHW=valid_UHW, weight_BHW=kept_UHW)
-            terms[f"strong_{number}"] = unsupervised(loss, weight=0.25 * config.unsupervised_weight)
+        loss = labeled_loss(config.criterion, labeled.logits_BKHW, batch.label_LHW, context.across)
+        terms = {"supervised": supervised(loss, weight=0.5)}
+        for number, (view, (_, label_UHW, kept_UHW, valid_UHW)) in enumerate(zip(strong, mixed, strict=True)):
+            mixed_UHW = paste(batch.boxes_VU4[number], weight_UHW)
+            loss = self.weighting.cross_entropy(view.logits_BKHW, label_UHW, valid_UHW, kept_UHW, mixed_UHW)
+            terms[f"strong_{number + 1}"] = unsupervised(loss, weight=0.25 * config.unsupervised_weight)
         return terms

@@ -41,6 +41,11 @@ class Features:
         """The last map that the decoder reads."""
         return self.maps[-1]
 
+    def images(self, rows: slice) -> Features:
+        """Those of some of the images."""
+        middle_BDhw = None if self.middle_BDhw is None else self.middle_BDhw[rows]
+        return Features(tuple(map_BDhw[rows] for map_BDhw in self.maps), middle_BDhw)
+
 
 class Encoder(nn.Module, ABC):
     """A classification network without its classifier.

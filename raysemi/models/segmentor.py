@@ -6,10 +6,11 @@ Axes: B images, K classes, D channels, H x W pixels, h x w cells of the low map.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -48,6 +49,17 @@ class Prediction:
     """Input of the classifier, after ReLU, at stride 4."""
     joined_BDhw: Tensor
     """All that the decoder has gathered, before the convolutions that make the penultimate map of it, at stride 4."""
+
+    def images(self, rows: slice) -> Prediction:
+        """What it says of some of the images."""
+        return Prediction(
+            self.logits_BKHW[rows], self.features.images(rows), self.penultimate_BDhw[rows], self.joined_BDhw[rows]
+        )
+
+    def split(self, sizes: Sequence[int]) -> list[Prediction]:
+        """What it says of the first `sizes[0]` images, of the next `sizes[1]`, and so on."""
+        ends = list(itertools.accumulate(sizes))
+        return [self.images(slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
 
 
 class ModelConfig(Config):
@@ -120,6 +132,11 @@ class Segmentor(nn.Module):
             for norm in self._norms():
                 norm.requires_grad_(False)
         self.train()
+
+    @property
+    def penultimate_channels(self) -> int:
+        """D of `Prediction.penultimate_BDhw`."""
+        return cast(int, self.decoder.penultimate_channels)
 
     def _norms(self) -> Iterator[nn.Module]:
         return (module for module in self.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))

@@ -1,9 +1,9 @@
 """How much a pixel's strongest feature channels are those of its pseudo-class: the weight of a pseudo-label.
 
 Source: "Weighting Pseudo-Labels via High-Activation Feature Index Similarity and Object Detection for Semi-Supervised
-Semantic Segmentation", PPW. Differs: channels are compared at the features' own resolution, and each pixel of the labels
-reads the nearest cell, corners aligned as where logits are resized; where cells and pixels coincide the value is the
-same. Axes: B images, K classes, D channels, h x w cells, H x W pixels. No gradient, no host wait.
+Semantic Segmentation", PPW. Differs: channels are compared at the features' own resolution, and each pixel of the
+labels reads the nearest cell, corners aligned as where logits are resized; where cells and pixels coincide the value is
+the same. Axes: B images, K classes, D channels, h x w cells, H x W pixels. No gradient, no host wait.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from raysemi.errors import ConfigError
+from raysemi.ops.cells import nearest_cell
 from raysemi.ops.losses import IGNORE
 
 Similarity = Literal["rank", "cosine", "euclidean"]
@@ -100,9 +101,3 @@ def _of_labels(scores_BKhw: Tensor, labels_BHW: Tensor) -> Tensor:
     place_BHW = labels_BHW.masked_fill(ignored_BHW, 0) * (rows * columns) + y_H[:, None] * columns + x_W
     weight_BHW = scores_BKhw.flatten(1).gather(1, place_BHW.flatten(1)).view(labels_BHW.shape)
     return weight_BHW.masked_fill(ignored_BHW, 0.0)
-
-
-def nearest_cell(pixels: int, cells: int, device: torch.device) -> Tensor:
-    """The cell nearest to each pixel, corners aligned: y (cells - 1) / (pixels - 1), rounded half up. int64 [pixels]."""
-    gaps = max(pixels - 1, 1)
-    return (torch.arange(pixels, device=device) * (2 * (cells - 1)) + gaps) // (2 * gaps)

@@ -112,7 +112,7 @@ def test_logits_spread_along_the_dense_map(scale, norm, dim):
     prediction = student(images)
     projections = Projections.of(*student.heads["correlation"](prediction.features.high_BDhw))
     cells = tuple(prediction.features.high_BDhw.shape[2:])
-    spread = method._spread(View(prediction.logits_BKHW, projections, cells))
+    spread = method._spread(View.of(prediction, projections))
 
     small = torch.nn.functional.interpolate(prediction.logits_BKHW, size=cells, mode="bilinear", align_corners=True)
     expected = torch.einsum("bki,bij->bkj", small.flatten(2), dense(method, student, images)).unflatten(2, cells)

@@ -134,7 +134,7 @@ def test_inside_the_box_everything_is_the_partners(version, monkeypatch):
             passes.append(images)
             return super().forward(images)
 
-    monkeypatch.setattr(f"{module}.pixel_cross_entropy", record)
+    monkeypatch.setattr("raysemi.methods.weighting.pixel_cross_entropy", record)
     method = build(version)[0]
     if version == 2:  # a PixelNet has three channels, which no dropout may take
         monkeypatch.setattr(f"{module}.with_complementary", lambda features, *rest: features)
