@@ -36,6 +36,12 @@ def scene(classes, labeled=2, unlabeled=3, seed=0):
     return student.requires_grad_(), teacher.requires_grad_(), cells, semi_batch(classes, labeled, unlabeled)
 
 
+def run(contrast, student, teacher, cells, batch, **context):
+    context = step_context(PixelNet(), **context)
+    contrast.remember(teacher, cells, batch, context)
+    return contrast.loss(student, teacher, cells, batch, context)
+
+
 def places(probability_K):
     return sorted(range(len(probability_K)), key=lambda k: (-probability_K[k], k))
 
@@ -53,17 +59,13 @@ def unit(vector):
 
 
 def test_it_is_the_papers_loss():
-    """An exhaustive queue and one negative direction a class make the draws not matter: the expectation by loops.
-
-    Of each class and image the anchor's loss is linear in nothing that is drawn, so every anchor of an image is made
-    the same vector; every vector that enters a queue is that queue's own direction.
-    """
+    """One vector for all anchors of an image and one for all that enters a queue: then the draws do not matter."""
     classes, settings = 4, {"low_rank": 2, "high_rank": 3, "delta_p": 0.3, "negatives": 5, "temperature": 0.4}
     student, teacher, cells, batch = scene(classes)
     with torch.no_grad():
         student[:] = student[:, :, :1, :1]  # one vector an image
         teacher[:] = teacher[:1, :, :1, :1]  # one vector in all: positive and negatives
-    total, normaliser = build(classes, **settings)(student, teacher, cells, batch, step_context(PixelNet()))
+    total, normaliser = run(build(classes, **settings), student, teacher, cells, batch)
 
     means, present = [], 0
     for k in range(classes):
@@ -84,26 +86,20 @@ def test_it_is_the_papers_loss():
 
 
 def test_centres_are_means_over_all_reliable_pixels_of_a_class():
-    """Negatives opposite to everything: the loss is then decided by the positive alone."""
+    """Negatives of cosine 0 with everything: the loss is then decided by the positive alone."""
     classes = 3
     student, teacher, cells, batch = scene(classes)
     contrast = build(classes, low_rank=1, delta_p=0.0, negatives=2, temperature=1.0, queries=5)
     with torch.no_grad():
         student[:] = student[:, :, :1, :1]
-    contrast(student, teacher, cells, batch, step_context(PixelNet()))
-    contrast.queues.keys_TD.zero_()  # cosine 0 with every anchor
-
-    def forget(*_):
-        return None
-
-    contrast._remember = forget
-    total, _ = contrast(student, teacher, cells, batch, step_context(PixelNet()))
+    contrast.queues.inserted_K.fill_(1)  # of zeros
+    total, _ = contrast.loss(student, teacher, cells, batch, step_context(PixelNet()))
     expected = 0.0
     flat_BDN = teacher.detach().flatten(2)
     for k in range(classes):
         members = [(b, n) for b in range(5) for n in range(N) if cells.reliable_BN[b, n] and cells.label_BN[b, n] == k]
         centre = torch.stack([flat_BDN[b, :, n] for b, n in members]).mean(dim=0)
-        near = [unit(student[b, :, 0, 0]) @ unit(centre) for b in {b for b, _ in members}]
+        near = [unit(student.detach()[b, :, 0, 0]) @ unit(centre) for b in {b for b, _ in members}]
         expected += sum(math.log(math.exp(x) + 2) - x for x in map(float, near)) / len(near)
     assert total.item() == pytest.approx(expected, rel=1e-5)
 
@@ -112,7 +108,7 @@ def test_queues_hold_exactly_what_is_surely_not_of_the_class():
     classes, low, high = 5, 2, 4
     student, teacher, cells, batch = scene(classes)
     contrast = build(classes, {"max_new": N}, low_rank=low, high_rank=high)
-    contrast(student, teacher, cells, batch, step_context(PixelNet()))
+    run(contrast, student, teacher, cells, batch)
     start = 0
     for k, size in enumerate((90, 60, 60, 60, 60)):
         expected = [
@@ -132,7 +128,7 @@ def test_an_image_brings_at_most_max_new_vectors():
     student, teacher, cells, batch = scene(4)
     contrast = build(4, {"max_new": 2})
     for calls in (1, 2, 3):
-        contrast(student, teacher, cells, batch, step_context(PixelNet()))
+        run(contrast, student, teacher, cells, batch)
         assert contrast.queues.inserted_K.max() <= calls * 2 * 5
     assert contrast.queues.inserted_K.max() > 2 * 2 * 5
 
@@ -149,7 +145,7 @@ def test_no_queue_holds_a_pixel_of_its_class():
     vectors_BDhw[:, [0, 1, 2, 3, 4], 0, [0, 1, 2, 3, 4]] = 1.0  # cell n is basis vector n
     batch = semi_batch(2, labeled=2, unlabeled=0)
     contrast = build(2, low_rank=1)
-    contrast(vectors_BDhw.clone(), vectors_BDhw, cells, batch, step_context(PixelNet()))
+    run(contrast, vectors_BDhw.clone(), vectors_BDhw, cells, batch)
     for k, entering in enumerate((3, 1)):  # the pixel of the other class that is taken for k
         held = contrast.queues.draw(torch.arange(0, 1, 0.01).expand(2, 100))[k]
         assert contrast.queues.filled_K[k] == 2  # one of each image
@@ -159,17 +155,16 @@ def test_no_queue_holds_a_pixel_of_its_class():
 @pytest.mark.parametrize("absent", [0, 1])
 def test_classes_keep_to_their_own_queues_when_one_is_absent(absent):
     """u2pl.md section 9: with class 0 absent the released code compares the anchors of class 1 with queue 0."""
-    student, teacher, cells, batch = scene(4)
+    _, _, cells, batch = scene(4)
     basis = torch.eye(DIM)
     cells = replace(cells, reliable_BN=cells.reliable_BN & (cells.label_BN != absent))
     contrast = build(4, delta_p=0.0, negatives=3, temperature=1.0)
-    contrast._remember = lambda *_: None
     contrast.queues.inserted_K.fill_(1)
     for k, row in enumerate(contrast.queues._starts_K.tolist()):
         contrast.queues.keys_TD[row] = basis[k]  # queue k: the basis vector of class k
     label_BhwD = basis[cells.label_BN.clamp(max=6)].unflatten(1, (HEIGHT, WIDTH))
     own_BDhw = label_BhwD.permute(0, 3, 1, 2).contiguous()  # an anchor of class k is that vector, and so is its mean
-    total, normaliser = contrast(own_BDhw, own_BDhw, cells, batch, step_context(PixelNet()))
+    total, normaliser = contrast.loss(own_BDhw, own_BDhw, cells, batch, step_context(PixelNet()))
     assert normaliser.item() == 3
     assert total.item() == pytest.approx(3 * math.log(4), rel=1e-4)  # positive and 3 negatives: all the same vector
 
@@ -177,21 +172,19 @@ def test_classes_keep_to_their_own_queues_when_one_is_absent(absent):
 def test_fewer_than_two_classes_or_an_empty_queue_teach_nothing():
     student, teacher, cells, batch = scene(4)
     lonely = replace(cells, reliable_BN=cells.reliable_BN & (cells.label_BN == 2))
-    total, normaliser = build(4)(student, teacher, lonely, batch, step_context(PixelNet()))
+    total, normaliser = run(build(4), student, teacher, lonely, batch)
     assert (total.item(), normaliser.item()) == (0, 1)
-    contrast = build(4)
-    contrast._remember = lambda *_: None
-    total, normaliser = contrast(student, teacher, cells, batch, step_context(PixelNet()))
+    total, normaliser = build(4).loss(student, teacher, cells, batch, step_context(PixelNet()))
     assert (total.item(), normaliser.item()) == (0, 4)
     total.backward()
     assert student.grad.isfinite().all()
     nothing = replace(cells, reliable_BN=torch.zeros_like(cells.reliable_BN))
-    assert build(4)(student, teacher, nothing, batch, step_context(PixelNet()))[0].item() == 0
+    assert run(build(4), student, teacher, nothing, batch)[0].item() == 0
 
 
 def test_gradient_reaches_anchors_of_the_student_alone():
     student, teacher, cells, batch = scene(4)
-    total, _ = build(4, queries=200, low_rank=2)(student, teacher, cells, batch, step_context(PixelNet()))
+    total, _ = run(build(4, queries=200, low_rank=2), student, teacher, cells, batch)
     total.backward()
     assert teacher.grad is None
     reached_BN = student.grad.abs().amax(dim=1).flatten(1) > 0
@@ -202,10 +195,7 @@ def test_gradient_reaches_anchors_of_the_student_alone():
 
 def test_another_step_draws_other_anchors():
     student, teacher, cells, batch = scene(4)
-    totals = {
-        step: build(4, queries=5)(student, teacher, cells, batch, step_context(PixelNet(), step=step))[0].item()
-        for step in (3, 4)
-    }
+    totals = {step: run(build(4, queries=5), student, teacher, cells, batch, step=step)[0].item() for step in (3, 4)}
     assert totals[3] != totals[4]
 
 
