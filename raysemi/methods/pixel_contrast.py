@@ -131,21 +131,40 @@ class PixelContrast(nn.Module):
         self.max_new = queue.max_new
         self.queues = ClassQueues([queue.first_size, *[queue.size] * (num_classes - 1)], dim)
 
-    def forward(
+    @torch.no_grad()
+    def remember(self, teacher_BDhw: Tensor, cells: Cells, batch: SemiBatch, context: StepContext) -> None:
+        """Queues the vectors of cells that are surely not of a class, of all ranks in the order of their slots."""
+        config, num_labeled = self.config, len(batch.image_L3HW)
+        rank_BKN = class_ranks(cells.probability_BKN)
+        class_K1 = torch.arange(self.num_classes, device=rank_BKN.device)[:, None]
+        labeled_L1N, label_L1N = cells.reliable_BN[:num_labeled, None], cells.label_BN[:num_labeled, None]
+        confused_LKN = labeled_L1N & (label_L1N != class_K1) & (rank_BKN[:num_labeled] < config.low_rank)
+        rank_UKN = rank_BKN[num_labeled:]
+        unlikely_UKN = cells.unreliable_UN[:, None] & (rank_UKN >= config.low_rank) & (rank_UKN < config.high_rank)
+
+        offset_BK = self._uniform(batch, context, "contrast/keys", 1).squeeze(2)
+        members_BKN = torch.cat((confused_LKN, unlikely_UKN))
+        chosen_BKm, count_BK = spread_members(members_BKN, offset_BK, self.max_new)
+        keys_BKmD = functional.normalize(
+            at_cells(teacher_BDhw, chosen_BKm).float(), dim=-1
+        ).half()  # cosines need no more
+        self.queues.insert(
+            _of_all_ranks(keys_BKmD, num_labeled, context.across), _of_all_ranks(count_BK, num_labeled, context.across)
+        )
+
+    def loss(
         self, student_BDhw: Tensor, teacher_BDhw: Tensor, cells: Cells, batch: SemiBatch, context: StepContext
     ) -> tuple[Tensor, Tensor]:
-        """Fills the queues, then (sum with gradient over the classes, this rank's share of the present classes).
+        """(sum with gradient over the classes, this rank's share of how many classes there are in the batch).
 
         Args:
             student_BDhw: representations that learn, as anchors alone.
-            teacher_BDhw: those of the averaged network: centres and keys.
+            teacher_BDhw: those of the averaged network, of which the centres are means.
             cells: labels, which cells are reliable, the teacher's probabilities.
             batch: the slots.
             context: the step.
         """
         config, across = self.config, context.across
-        self._remember(teacher_BDhw, cells, batch, context)
-
         class_K1 = torch.arange(self.num_classes, device=cells.label_BN.device)[:, None]
         members_BKN = (cells.label_BN[:, None] == class_K1) & cells.reliable_BN[:, None]
         eligible_BKN = members_BKN & (cells.probability_BKN > config.delta_p)
@@ -169,27 +188,6 @@ class PixelContrast(nn.Module):
 
         loss_BKA = contrastive_loss(anchors_BKAD, centres_KD, negatives_BKAMD, config.temperature)
         return (loss_BKA.sum(dim=2) * factor_BK).sum(), present / across.world
-
-    @torch.no_grad()
-    def _remember(self, teacher_BDhw: Tensor, cells: Cells, batch: SemiBatch, context: StepContext) -> None:
-        """Queues the vectors of cells that are surely not of a class, of all ranks in the order of their slots."""
-        config, num_labeled = self.config, len(batch.image_L3HW)
-        rank_BKN = class_ranks(cells.probability_BKN)
-        class_K1 = torch.arange(self.num_classes, device=rank_BKN.device)[:, None]
-        labeled_L1N, label_L1N = cells.reliable_BN[:num_labeled, None], cells.label_BN[:num_labeled, None]
-        confused_LKN = labeled_L1N & (label_L1N != class_K1) & (rank_BKN[:num_labeled] < config.low_rank)
-        rank_UKN = rank_BKN[num_labeled:]
-        unlikely_UKN = cells.unreliable_UN[:, None] & (rank_UKN >= config.low_rank) & (rank_UKN < config.high_rank)
-
-        offset_BK = self._uniform(batch, context, "contrast/keys", 1).squeeze(2)
-        members_BKN = torch.cat((confused_LKN, unlikely_UKN))
-        chosen_BKm, count_BK = spread_members(members_BKN, offset_BK, self.max_new)
-        keys_BKmD = functional.normalize(
-            at_cells(teacher_BDhw, chosen_BKm).float(), dim=-1
-        ).half()  # cosines need no more
-        self.queues.insert(
-            _of_all_ranks(keys_BKmD, num_labeled, context.across), _of_all_ranks(count_BK, num_labeled, context.across)
-        )
 
     def _uniform(self, batch: SemiBatch, context: StepContext, name: str, count: int) -> Tensor:
         """Numbers in [0, 1) of each image and class: [B, K, count]."""

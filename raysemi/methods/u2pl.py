@@ -5,8 +5,8 @@ pass of the teacher, over the very images that the student learns from and in tr
 keys, and its own BatchNorm statistics. Training begins with `warmup_periods` on the labeled images alone; in the period
 that follows, the teacher is still the student itself.
 
-Observed, maps of the un-mixed weak views: "pseudo", "confidence", "trusted" (the entropy of the first pass against the
-limit of this step: with `entropy_source: mixed` not the very pixels that are taught, which belong to mixed images).
+Observed, maps of the un-mixed weak views: "pseudo", "confidence", "trusted" (as large a share as is kept, of the least
+entropy in the first pass: with `entropy_source: mixed` not the very pixels that are taught, which are of mixed images).
 Scalars: "kept_ratio" of the mixed images, "entropy_limit".
 
 Source: Wang et al. 2022, "Semi-Supervised Semantic Segmentation Using Unreliable Pseudo-Labels", arXiv:2203.03884, and
@@ -173,13 +173,13 @@ class U2PL(Method):
 
         p, a = self.percents(context.step, context.steps, context.period)
         over_ranks = context.across.sum if config.entropy_scope == "global" else None
-        limit, low, high = percentiles(
-            entropy_UHW, valid_UHW, (p, a, 100.0 - a), math.log(self.num_classes), over_ranks
-        ).unbind()
+        top = math.log(self.num_classes)
+        limit, low, high = percentiles(entropy_UHW, valid_UHW, (p, a, 100.0 - a), top, over_ranks).unbind()
+        shown = limit if config.entropy_source == "clean" else percentiles(clean_UHW, batch.valid_UHW, (p,), top)
         kept_UHW = (entropy_UHW < limit) & valid_UHW
         context.observe("pseudo", pseudo_UHW)
         context.observe("confidence", confidence_UHW)
-        context.observe("trusted", (clean_UHW < limit) & batch.valid_UHW)
+        context.observe("trusted", (clean_UHW < shown) & batch.valid_UHW)
         context.observe("kept_ratio", kept_UHW.sum() / valid_UHW.sum().clamp(min=1))
         context.observe("entropy_limit", limit)
 
@@ -189,7 +189,8 @@ class U2PL(Method):
         weight_UHW = paste(boxes_U4, weight_UHW, source=[next_in_group(weight_UHW, group)])
 
         cells = Cells.of(batch.label_LHW, (label_UHW, valid_UHW, entropy_UHW), (low, high), taught.prediction)
-        contrastive = self.contrast(student.representation_BDhw, taught.representation_BDhw, cells, batch, context)
+        self.contrast.remember(taught.representation_BDhw, cells, batch, context)
+        contrastive = self.contrast.loss(student.representation_BDhw, taught.representation_BDhw, cells, batch, context)
         return {
             **self._labeled_terms(student.prediction, batch, context),
             "consistency": self._consistency(unlabeled.logits_BKHW, label_UHW, kept_UHW, weight_UHW, context),

@@ -61,6 +61,21 @@ def test_an_odd_share_would_tear_a_cutmix_pair() -> None:
     check_world(config(train=odd, method={"name": "supervised"}), 2)  # no unlabeled image in the batch
 
 
+def test_images_of_a_group_stay_on_one_rank() -> None:
+    def grouped(unlabeled: int, **method: Any) -> RunConfig:
+        train = {"steps": 50, "batch": {"labeled": 6, "unlabeled": unlabeled}}
+        return config(train=train, method={"name": "u2pl", "warmup_periods": 0} | method)
+
+    check_world(grouped(12), 3)
+    check_world(grouped(2), 1)  # by default 4, or all where they are fewer
+    check_world(grouped(9, group=3), 3)  # pairs need not stand together
+    with pytest.raises(ConfigError, match=r"method\.group must divide each rank's share.* 12 on 2 ranks.*got 4.*to 16"):
+        check_world(grouped(12), 2)
+    check_world(grouped(12, group=2), 2)
+    with pytest.raises(ConfigError, match=r"method\.group must .*got 4"):
+        check_world(grouped(6), 1)
+
+
 def test_ray_workers_are_checked_when_the_config_is_read() -> None:
     assert "number of ranks, 5; got 6" in refused(ray={"num_workers": 5})
     config(ray={"num_workers": 3})
@@ -78,6 +93,10 @@ def test_one_labeled_image_alone_cannot_pass_batch_norm() -> None:
     check_world(config(**alone), 1)
     check_world(config(**alone, model={"batch_norm": "frozen"}), 2)
     check_world(config(train=one), 2)
+    u2pl: dict[str, Any] = {"name": "u2pl", "group": 2}
+    check_world(config(train=one, method=u2pl | {"warmup_periods": 0}), 2)
+    with pytest.raises(ConfigError, match="at least 2 images"):
+        check_world(config(train=one, method=u2pl), 2)  # begins with the labeled images alone
     single: dict[str, Any] = alone | {"train": {"steps": 50, "batch": {"labeled": 1}}}
     with pytest.raises(ConfigError, match="at least 2 images"):
         check_world(config(**single), 1, gpu=True)  # no other GPU to join
@@ -109,8 +128,9 @@ def test_pools_are_required_where_the_method_reads_them() -> None:
     assert not uses_unlabeled(full.method, full.data)
 
 
-def test_only_methods_with_strong_views_use_the_unlabeled_pool() -> None:
+def test_a_method_says_whether_it_uses_the_unlabeled_pool() -> None:
     assert uses_unlabeled(config().method, config().data)
+    assert uses_unlabeled(config(method={"name": "u2pl"}).method, config().data)  # without strong views
     assert not uses_unlabeled(config(method={"name": "supervised"}).method, config().data)
 
 

@@ -54,6 +54,37 @@ def test_ema_stays_where_a_step_was_not_finite(step):
         assert teacher.model.weight.item() == 2.0
 
 
+def test_ema_copies_before_its_start_and_for_some_periods_after():
+    """Periods of 2 steps: a start at 1 and one copied period make a copy of steps 0-3; then i counts from step 2."""
+    student = Student(-5.0)
+    teacher = AveragedCopy(student, Average(kind="ema", decay=0.7, start=1, copied=1), period=2)
+    got = []
+    for step in range(7):
+        student.set(float(step))
+        teacher.after_step(student, step, YES)
+        got.append(teacher.model.weight.item())
+    assert got[:4] == [0.0, 1.0, 2.0, 3.0]
+    expected = [3.0]
+    for value, decay in ((4.0, 1 - 1 / 3), (5.0, 0.7), (6.0, 0.7)):  # i = 2, 3, 4
+        expected.append(decay * expected[-1] + (1 - decay) * value)
+    assert got[4:] == pytest.approx(expected[1:], abs=1e-6)
+
+
+def test_own_buffers_are_copied_with_the_student_and_then_left_alone():
+    student = Student(1.0)
+    teacher = AveragedCopy(student, Average(kind="ema", copied=1, buffers="own"), period=1)
+    student.set(2.0)
+    student.constant.fill_(0.5)
+    teacher.after_step(student, 0, YES)
+    assert torch.equal(teacher.model.constant, student.constant)
+    teacher.model.constant.fill_(0.25)  # as its own pass would
+    student.set(4.0)
+    teacher.after_step(student, 1, YES)
+    assert teacher.model.constant.tolist() == [0.25, 0.25]
+    assert teacher.model.counter.item() == 1
+    assert teacher.model.weight.item() == pytest.approx(3.0)
+
+
 def test_momentum_network_averages_once_a_period():
     """derprop.md section 10: theta = 1, 2, 3 from 0 with ratio 0.5 gives 0.5, 1.25, 2.125."""
     student = Student(0.0)

@@ -33,15 +33,24 @@ def assert_same_bits(a: checkpoint.Snapshot, b: checkpoint.Snapshot) -> None:
             assert torch.equal(value, b.tensors[stem][name]), f"{stem}/{name}"
 
 
-@pytest.mark.parametrize("method", ["fixmatch", "derprop"])
+OF_METHOD = {
+    "fixmatch": ["method.threshold=0.2"],
+    "derprop": ["method.threshold.initial=0.25"],
+    "u2pl": [
+        "method.contrast.delta_p=0.1", "method.representation.hidden=6", "method.representation.dim=8",
+        "method.queue.size=90", "method.queue.first_size=110",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", OF_METHOD)
 def test_continued_equals_never_stopped(scenes, tmp_path, method):
     """60 steps, against 30 and 30 more: weights, averaged copy, thresholds and moments to the last bit.
 
     It stops in the middle of a period (28 to 34), between two updates of the averaged copy. The second run also
     evaluates and looks at pseudo-labels more often, which must not change it.
     """
-    settings = ["train.steps=60", "train.period=7"]
-    settings += ["method.threshold=0.2"] if method == "fixmatch" else ["method.threshold.initial=0.25"]
+    settings = ["train.steps=60", "train.period=7", *OF_METHOD[method]]
     run(tiny_run(scenes, tmp_path / "whole", method, *settings))
     run(tiny_run(scenes, tmp_path / "parts", method, *settings, "train.stop_at=30"))
     assert newest(tmp_path / "parts").step == 30

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from raysemi.errors import ConfigError
-from raysemi.ops.mixing import inside, partner, paste
+from raysemi.ops.mixing import half_boxes, inside, next_in_group, partner, paste
 
 BOXES = torch.tensor([[1, 0, 4, 2], [0, 0, 0, 0], [0, 2, 7, 5], [6, 4, 7, 5], [2, 1, 3, 4]])  # 5 images of 5 x 7
 
@@ -93,3 +93,34 @@ def test_gradient_goes_where_the_pixels_came_from():
 def test_no_host_wait():
     boxes = torch.empty(3, 4, device="meta", dtype=torch.int64)  # a meta tensor has nothing to read
     assert paste(boxes, torch.empty(3, 2, 5, 7, device="meta")).shape == (3, 2, 5, 7)
+
+
+def test_the_next_of_a_group():
+    assert next_in_group(torch.arange(6), 3).tolist() == [1, 2, 0, 4, 5, 3]
+    assert next_in_group(torch.arange(4), 2).tolist() == [1, 0, 3, 2]
+    images = torch.randn(4, 3, 5, 7).to(memory_format=torch.channels_last)
+    assert next_in_group(images, 4).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("height", "width"), [(321, 321), (513, 513), (160, 201)])
+def test_half_boxes_cover_half(height, width):
+    """u2pl.md section 9: the area is within 1 % of half the image over 10^3 draws; every width and place occurs."""
+    uniform_U3 = torch.rand(1000, 3, generator=torch.Generator().manual_seed(0))
+    uniform_U3[0], uniform_U3[1] = 0.0, 1.0 - 2.0**-24
+    left, top, right, bottom = half_boxes(uniform_U3, height, width).unbind(dim=1)
+    area = (right - left) * (bottom - top)
+    assert (area / (height * width / 2) - 1).abs().max() < 0.01
+    assert min(left.min(), top.min()) == 0
+    assert right.max() == width
+    assert bottom.max() == height
+    assert (right - left).min() == width // 2 + 1
+    assert (right - left).max() == width - 1
+    assert abs((right - left).float().mean() / width - 0.75) < 0.02
+
+
+def test_half_boxes_fit_into_the_smallest_images():
+    for height, width in ((1, 1), (2, 2), (3, 2), (4, 4), (5, 3)):
+        boxes_U4 = half_boxes(torch.rand(50, 3), height, width)
+        assert (boxes_U4[:, :2] >= 0).all()
+        assert (boxes_U4[:, 2] <= width).all()
+        assert (boxes_U4[:, 3] <= height).all()
