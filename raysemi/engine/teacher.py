@@ -21,7 +21,7 @@ class AveragedCopy:
     Args:
         student: the network; its present weights are where the average begins.
         average: the rule; its kind is not `none`.
-        period: steps between two updates of the kind `period`.
+        period: steps between two updates of the kind `period`; steps for which `copy_first` copies.
     """
 
     def __init__(self, student: Segmentor, average: Average, period: int) -> None:
@@ -46,7 +46,9 @@ class AveragedCopy:
             finite: bool scalar on the device; where False, an EMA stays as it is (its student did not move).
         """
         if self._average.kind == "ema":
-            self._blend(student, 1.0 - schedules.ema_decay(step, self._average.decay), finite)
+            copies = self._average.copy_first and step < self._period
+            decay = 0.0 if copies else schedules.ema_decay(step, self._average.decay)
+            self._blend(student, 1.0 - decay, finite)
         elif self._average.at == "end" and (step + 1) % self._period == 0:
             self._blend(student, 1.0 - self._average.ratio)
             self.started = True

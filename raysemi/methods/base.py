@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from raysemi.base import Config, choices, search
-from raysemi.data.types import SemiBatch
+from raysemi.data.types import SemiBatch, StrongViews
 from raysemi.models.segmentor import Channels, Segmentor
 from raysemi.ops import draws
 from raysemi.ops.losses import Objective
@@ -59,6 +59,8 @@ class Average(Config):
     period: t <- ratio t + (1-ratio) s once every `train.period` steps (DerProp's momentum network)."""
     decay: float = Field(0.996, ge=0.0, lt=1.0, json_schema_extra=choices([0.99, 0.996, 0.999, 0.9996]))
     """Largest decay of `ema`, per step."""
+    copy_first: bool = False
+    """ema: during the first `train.period` the copy becomes the student after every step (d = 0)."""
     ratio: float = Field(0.5, gt=0.0, lt=1.0, json_schema_extra=search(0.3, 0.9))
     """Share that the averaged copy keeps at each update of `period`."""
     at: Literal["end", "start"] = "end"
@@ -110,6 +112,8 @@ class Method(nn.Module, ABC):
     """How the averaged copy of the student is kept."""
     strong_views: int
     """Strong views of each unlabeled image; 0 = the method does not use unlabeled images."""
+    strong: StrongViews = "jitter"
+    """Family of its strong views, unless `data.views.strong` names one."""
     second_view: bool = False
     """True when the method needs a second random geometry of each unlabeled image."""
     unlabeled_optional: bool = False
