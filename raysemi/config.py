@@ -191,12 +191,30 @@ def _shares(
             "set model.batch_norm=frozen."
         )
     # CutMix partners are neighbouring slots and stay on one rank: an odd share would tear a pair apart.
-    if uses_unlabeled(method, data) and unlabeled % (2 * world):
+    if not uses_unlabeled(method, data):
+        return
+    if hasattr(method, "group"):
+        yield from _groups(method.group, unlabeled, world)
+    elif unlabeled % (2 * world):
         yield (
             f"train.batch.unlabeled must be divisible by twice the number of ranks, 2 x {world}, since neighbouring "
             f"images are mixed in pairs; got {unlabeled}. Set it to {_next_multiple(unlabeled, 2 * world)}, or use "
             "another number of ranks."
         )
+
+
+def _groups(group: int | None, unlabeled: int, world: int) -> Iterator[str]:
+    size = group or max(2, min(unlabeled, 4))  # null in the methods
+    if unlabeled % (size * world) == 0:
+        return
+    share = unlabeled // world
+    fitting = [s for s in range(2, min(share, size) + 1) if unlabeled % (s * world) == 0]
+    other = f"method.group={fitting[-1]} or " if fitting else ""
+    yield (
+        f"method.group must divide the unlabeled images of each rank, since images are mixed within groups; got {size}"
+        f"{'' if group else ' (the default)'} for train.batch.unlabeled={unlabeled} on {world} rank"
+        f"{'s' if world > 1 else ''}. Set {other}train.batch.unlabeled={_next_multiple(unlabeled, size * world)}."
+    )
 
 
 def _next_multiple(value: int, of: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from raysemi.base import Config
+from raysemi.methods.augseg import AugSeg, AugSegConfig
 from raysemi.methods.base import Method
 from raysemi.methods.derprop import DerProp, DerPropConfig
 from raysemi.methods.fixmatch import FixMatch, FixMatchConfig
@@ -12,4 +13,5 @@ METHODS: dict[str, tuple[type[Config], type[Method]]] = {
     "supervised": (SupervisedConfig, Supervised),
     "fixmatch": (FixMatchConfig, FixMatch),
     "derprop": (DerPropConfig, DerProp),
+    "augseg": (AugSegConfig, AugSeg),
 }

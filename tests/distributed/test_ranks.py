@@ -24,6 +24,7 @@ CASES = {
     "derprop-momentum": [
         "derprop", "method.threshold.initial=0.145", "method.labeler=momentum", "method.fp.weight=0",
     ],
+    "augseg": ["augseg", "method.threshold=0.145", "method.group=2"],
 }  # fmt: skip
 """Method, and settings beside those of `trace`."""
 STEPS = 3
@@ -53,6 +54,7 @@ def trace(pools: Path, folder: Path, case: str, across: Any) -> Trace:
     stream = Stream(
         config.data, {name: Pool.open(pools / name) for name in ("labeled", "unlabeled")}, config.seed, 4, 4,
         across.rank, across.world, learner.strong_views, learner.second_view, 0, STEPS,
+        strong=learner.strong,
     )  # fmt: skip
     losses, gradient = [], None
     for host in stream:
@@ -127,5 +129,6 @@ def test_unsupervised_terms_take_part(traces):
         ("fixmatch", "loss/consistency"),
         ("derprop", "loss/strong"),
         ("derprop-momentum", "loss/strong"),
+        ("augseg", "loss/consistency"),
     ):
         assert all(losses[term] > 1e-4 for losses in traces[case][0]["losses"])

@@ -191,7 +191,7 @@ def test_broken_recipes(tmp_path: Path, text: str, expected: str) -> None:
 
 def test_an_unknown_recipe_gets_the_nearest() -> None:
     (fault,) = faults("scenes-fixmach")
-    assert fault.startswith("recipe must be a YAML file or one of camvid-derprop,")
+    assert fault.startswith("recipe must be a YAML file or one of camvid-augseg,")
     assert fault.endswith("got scenes-fixmach. Did you mean scenes-fixmatch?")
 
 

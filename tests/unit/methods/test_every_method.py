@@ -15,7 +15,11 @@ from raysemi.models.encoders import Features
 from raysemi.models.segmentor import Prediction
 
 CLASSES = 4
-TRUSTING = {"fixmatch": {"threshold": 0.2}, "derprop": {"region": {"segments": 6}, "threshold": {"initial": 0.2}}}
+TRUSTING = {
+    "fixmatch": {"threshold": 0.2},
+    "derprop": {"region": {"segments": 6}, "threshold": {"initial": 0.2}},
+    "augseg": {"threshold": 0.2},
+}
 
 
 def build(name, settings, frozen=False):
@@ -123,10 +127,11 @@ def test_it_learns_a_few_images(name):
 
 
 @pytest.mark.slow
-def test_consistency_alone_teaches_what_a_right_teacher_knows():
+@pytest.mark.parametrize("name", ["fixmatch", "augseg"])
+def test_consistency_alone_teaches_what_a_right_teacher_knows(name):
     """Frozen BatchNorm: its statistics would come from the labeled images too, which this term does not teach."""
     batch, truth_UHW = colour_batch()
-    method, student, _ = build("fixmatch", {}, frozen=True)
+    method, student, _ = build(name, {}, frozen=True)
     assert accuracy(student, batch.weak_U3HW, truth_UHW) < 0.6
     learn(method, student, Right(truth_UHW), batch, "consistency", 80)
     assert accuracy(student, batch.weak_U3HW, truth_UHW) > 0.9
