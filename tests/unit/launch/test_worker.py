@@ -33,7 +33,7 @@ def assert_same_bits(a: checkpoint.Snapshot, b: checkpoint.Snapshot) -> None:
             assert torch.equal(value, b.tensors[stem][name]), f"{stem}/{name}"
 
 
-@pytest.mark.parametrize("method", ["fixmatch", "derprop"])
+@pytest.mark.parametrize("method", ["fixmatch", "derprop", "augseg"])
 def test_continued_equals_never_stopped(scenes, tmp_path, method):
     """60 steps, against 30 and 30 more: weights, averaged copy, thresholds and moments to the last bit.
 
@@ -41,7 +41,7 @@ def test_continued_equals_never_stopped(scenes, tmp_path, method):
     evaluates and looks at pseudo-labels more often, which must not change it.
     """
     settings = ["train.steps=60", "train.period=7"]
-    settings += ["method.threshold=0.2"] if method == "fixmatch" else ["method.threshold.initial=0.25"]
+    settings += ["method.threshold.initial=0.25"] if method == "derprop" else ["method.threshold=0.2"]
     run(tiny_run(scenes, tmp_path / "whole", method, *settings))
     run(tiny_run(scenes, tmp_path / "parts", method, *settings, "train.stop_at=30"))
     assert newest(tmp_path / "parts").step == 30
