@@ -208,23 +208,31 @@ def _shares(
             f"pooled branch over one value; got 1. Set it to {2 * world}, use fewer ranks or "
             "set model.batch_norm=frozen."
         )
+    # CutMix partners are neighbouring slots and stay on one rank: an odd share would tear a pair apart.
     if not uses_unlabeled(method, data):
         return
-    # CutMix partners stay on one rank: those of a group, or two neighbouring slots, must not be torn apart.
     if hasattr(method, "group"):
-        group = group_size(method.group, unlabeled)
-        if unlabeled % (group * world):
-            yield (
-                f"method.group must divide each rank's share of train.batch.unlabeled, {unlabeled} on {world} ranks, "
-                f"since images of one group are mixed; got {group}. Set it to a divisor of the share, set "
-                f"train.batch.unlabeled to {_next_multiple(unlabeled, group * world)}, or use another number of ranks."
-            )
+        yield from _groups(method.group, unlabeled, world)
     elif unlabeled % (2 * world):
         yield (
             f"train.batch.unlabeled must be divisible by twice the number of ranks, 2 x {world}, since neighbouring "
             f"images are mixed in pairs; got {unlabeled}. Set it to {_next_multiple(unlabeled, 2 * world)}, or use "
             "another number of ranks."
         )
+
+
+def _groups(group: int | None, unlabeled: int, world: int) -> Iterator[str]:
+    size = max(2, group_size(group, unlabeled))  # a single image has no partner
+    if unlabeled % (size * world) == 0:
+        return
+    share = unlabeled // world
+    fitting = [s for s in range(2, min(share, size) + 1) if unlabeled % (s * world) == 0]
+    other = f"method.group={fitting[-1]} or " if fitting else ""
+    yield (
+        f"method.group must divide the unlabeled images of each rank, since images are mixed within groups; got {size}"
+        f"{'' if group else ' (the default)'} for train.batch.unlabeled={unlabeled} on {world} rank"
+        f"{'s' if world > 1 else ''}. Set {other}train.batch.unlabeled={_next_multiple(unlabeled, size * world)}."
+    )
 
 
 def _next_multiple(value: int, of: int) -> int:

@@ -23,8 +23,9 @@ from raysemi.base import Config, choices
 from raysemi.data.order import Order
 from raysemi.data.pool import Pool
 from raysemi.data.reader import Reader, Sample, Skipped
-from raysemi.data.types import HostBatch
+from raysemi.data.types import HostBatch, StrongViews
 from raysemi.data.views import (
+    FAMILIES,
     Geometry,
     ViewsConfig,
     draw_box,
@@ -35,7 +36,6 @@ from raysemi.data.views import (
     weak_view,
 )
 from raysemi.errors import ConfigError, DataError, DataFailure, RaysemiError
-from raysemi.ops import photometric
 
 _log = logging.getLogger(__name__)
 
@@ -85,6 +85,7 @@ class Stream:
         with_truth: read the masks of the unlabeled images, to measure pseudo-labels; there are no CutMix boxes then.
         cores: cores of this rank, for `loader_processes: none`.
         pinned: hand out page-locked tensors, which a CUDA device copies without holding the host up.
+        strong: family of the strong views, unless `config.views.strong` names one.
 
     Raises:
         ConfigError: a batch that the ranks cannot share, or no labeled pool.
@@ -108,6 +109,7 @@ class Stream:
         *,
         cores: int = 1,
         pinned: bool = False,
+        strong: StrongViews = "jitter",
     ) -> None:
         self.config = config
         self.start, self.stop = start, stop
@@ -134,7 +136,8 @@ class Stream:
                     f"masks for {pool.num_samples} samples. Pack it with masks."
                 )
         shared = dict(zip(used, self._pools, strict=True))
-        self._steps = _Steps(config, shared, seed, batches, rank, world, strong_views, second_view, with_truth)
+        family = config.views.strong or strong
+        self._steps = _Steps(config, shared, seed, batches, rank, world, strong_views, second_view, with_truth, family)
 
     def __len__(self) -> int:
         return max(self.stop - self.start, 0)
@@ -215,8 +218,9 @@ class _Steps(Dataset[Any]):
         strong_views: int,
         second_view: bool,
         with_truth: bool,
+        strong: StrongViews,
     ) -> None:
-        self.config, self.seed = config, seed
+        self.config, self.seed, self.strong = config, seed, strong
         self.strong_views, self.second_view, self.with_truth = strong_views, second_view, with_truth
         self.readers = {name: Reader(pool, config.on_corrupt) for name, pool in pools.items()}
         self.orders = {name: Order(pool.shard_rows, pool.digest, seed, batches[name]) for name, pool in pools.items()}
@@ -230,7 +234,7 @@ class _Steps(Dataset[Any]):
             return _Fault(error, error.__cause__), ()
 
     def _batch(self, step: int, skipped: list[Skipped]) -> HostBatch:
-        side, views = self.config.crop, self.strong_views
+        side, views, family = self.config.crop, self.strong_views, FAMILIES[self.strong]
         image_L3HW, label_LHW, keys_L, slots_L = [], [], [], self._slots("labeled")
         for sample, number in self._samples("labeled", step, True, skipped):
             geometry = self._geometry(sample, number, "geometry")
@@ -243,8 +247,8 @@ class _Steps(Dataset[Any]):
         num = len(slots_U)
         weak_U3HW, valid_UHW, truth_UHW, second_U3HW, second_valid_UHW, keys_U = [], [], [], [], [], []
         boxes_VU4 = np.zeros((views, num, 4), dtype=np.int64)
-        photometric_VUP = np.zeros((views, num, len(photometric.PARAMETERS)), dtype=np.float32)
-        second_UP = np.zeros((num, len(photometric.PARAMETERS)), dtype=np.float32)
+        photometric_VUP = np.zeros((views, num, len(family.PARAMETERS)), dtype=np.float32)
+        second_UP = np.zeros((num, len(family.PARAMETERS)), dtype=np.float32)
         for u, (sample, number) in enumerate(self._samples("unlabeled", step, self.with_truth, skipped)):
             draws = (self.seed, number, sample.key)
             geometry = self._geometry(sample, number, "geometry")
@@ -252,7 +256,7 @@ class _Steps(Dataset[Any]):
             valid_UHW.append(valid_view(geometry))
             keys_U.append(sample.key)
             for v in range(views):
-                photometric_VUP[v, u] = photometric.draw(generator(*draws, f"photometric {v}"), self.config.views)
+                photometric_VUP[v, u] = family.draw(generator(*draws, f"photometric {v}"), self.config.views)
                 if not self.with_truth:
                     boxes_VU4[v, u] = draw_box(generator(*draws, f"cutmix {v}"), self.config.views, side)
             if sample.mask is not None:
@@ -261,7 +265,7 @@ class _Steps(Dataset[Any]):
                 geometry = self._geometry(sample, number, "second geometry")
                 second_U3HW.append(weak_view(sample.image, geometry))
                 second_valid_UHW.append(valid_view(geometry))
-                second_UP[u] = photometric.draw(generator(*draws, "second photometric"), self.config.views)
+                second_UP[u] = family.draw(generator(*draws, "second photometric"), self.config.views)
 
         picture, plane = (3, side, side), (side, side)
         return HostBatch(
@@ -280,6 +284,7 @@ class _Steps(Dataset[Any]):
             second_valid_UHW=_stack(second_valid_UHW, plane, np.bool_) if self.second_view else None,
             second_photometric_UP=torch.from_numpy(second_UP) if self.second_view else None,
             truth_UHW=_stack(truth_UHW, plane, np.uint8) if self.with_truth else None,
+            strong=self.strong,
         )
 
     def _slots(self, name: str) -> torch.Tensor:

@@ -6,9 +6,12 @@ Axes: L labeled, U unlabeled images of this rank, V strong views, H x W pixels o
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
+
+StrongViews = Literal["jitter", "intensity"]
+"""Families of strong views: `ops.photometric` and `ops.intensity`."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,15 @@ class HostBatch:
     boxes_VU4: Tensor
     """int64 CutMix box (left, top, right, bottom), half open, of each strong view; all 0 = no box."""
     photometric_VUP: Tensor
-    """float32 drawn photometric parameters of each strong view (`ops.photometric` names the columns)."""
+    """float32 drawn photometric parameters of each strong view; the module of `strong` names the columns."""
     second_weak_U3HW: Tensor | None = None
     """uint8: another random view of the same images, for methods that mix with it; None unless asked for."""
     second_valid_UHW: Tensor | None = None
     second_photometric_UP: Tensor | None = None
     truth_UHW: Tensor | None = None
     """uint8 labels of the unlabeled images, for measuring alone; a training stream never has them."""
+    strong: StrongViews = "jitter"
+    """Family that the photometric parameters belong to."""
 
     def pinned(self) -> HostBatch:
         """The same batch in page-locked memory, from which a CUDA device copies without holding the host up."""

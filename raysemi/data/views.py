@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, overload
 
 import numpy as np
@@ -22,8 +24,11 @@ from torch import Tensor
 
 from raysemi.base import Config, choices, search
 from raysemi.data.pool import NOT_ANNOTATED
-from raysemi.data.types import HostBatch, SemiBatch
-from raysemi.ops import photometric
+from raysemi.data.types import HostBatch, SemiBatch, StrongViews
+from raysemi.ops import intensity, photometric
+
+FAMILIES: Mapping[StrongViews, ModuleType] = {"jitter": photometric, "intensity": intensity}
+"""Families of strong views: each module has `PARAMETERS`, `draw` and `apply`."""
 
 
 class ViewsConfig(Config):
@@ -33,8 +38,15 @@ class ViewsConfig(Config):
     """Range of the resize, as a share of the image's longer side, above 0."""
     flip: float = Field(0.5, ge=0.0, le=1.0)
     """Probability of a horizontal flip."""
+    strong: StrongViews | None = Field(None, json_schema_extra=choices(["jitter", "intensity"]))
+    """Family of the strong views: jitter (colours jittered, grey, blurred), or intensity (a few random 8-bit operations
+    of random strength); null: as the method publishes."""
+    operations: int = Field(3, ge=1, le=intensity.MOST, json_schema_extra=choices([1, 2, 3, 4]))
+    """intensity: the largest number of operations on an image."""
+    operations_vary: bool = Field(True, json_schema_extra=choices([True, False]))
+    """intensity: the number is uniform from 1 to `operations`; false: always `operations`."""
     jitter: float = Field(0.8, ge=0.0, le=1.0, json_schema_extra=choices([0.5, 0.8, 1.0]))
-    """Probability that a strong view's colours are jittered."""
+    """jitter: probability that a strong view's colours are jittered, with these four strengths."""
     brightness: float = Field(0.5, ge=0.0, le=1.0, json_schema_extra=choices([0.25, 0.5]))
     """Brightness factor is drawn from 1 - this to 1 + this."""
     contrast: float = Field(0.5, ge=0.0, le=1.0, json_schema_extra=choices([0.25, 0.5]))
@@ -44,11 +56,11 @@ class ViewsConfig(Config):
     hue: float = Field(0.25, ge=0.0, le=0.5)
     """Hue shift is drawn from minus this to this, share of the hue circle."""
     greyscale: float = Field(0.2, ge=0.0, le=1.0, json_schema_extra=choices([0.0, 0.2]))
-    """Probability that a strong view is grey."""
+    """jitter: probability that a strong view is grey."""
     blur: float = Field(0.5, ge=0.0, le=1.0, json_schema_extra=choices([0.0, 0.5]))
-    """Probability that a strong view is blurred."""
+    """jitter: probability that a strong view is blurred."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
-    """Range of the blur's standard deviation, pixels, above 0 and at most 4."""
+    """jitter: range of the blur's standard deviation, pixels, above 0 and at most 4."""
     cutmix: float = Field(0.5, ge=0.0, le=1.0, json_schema_extra=choices([0.5, 0.8, 1.0]))
     """Probability that a strong view has a CutMix box."""
     cutmix_area: tuple[float, float] = Field(
@@ -212,19 +224,23 @@ def on_device(host: HostBatch, device: torch.device, memory_format: torch.memory
         return tensor.to(device, non_blocking=True)
 
     def images(bytes_B3HW: Tensor) -> Tensor:
-        return moved(bytes_B3HW).to(torch.float32, memory_format=memory_format).div_(255.0)
+        return bytes_B3HW.to(torch.float32, memory_format=memory_format).div_(255.0)
 
-    def strong(images_B3HW: Tensor, parameters_BP: Tensor) -> Tensor:
+    def strong(bytes_B3HW: Tensor, images_B3HW: Tensor, parameters_BP: Tensor) -> Tensor:
+        if host.strong == "intensity":  # 8-bit operations
+            return images(intensity.apply(bytes_B3HW, parameters_BP))
         return photometric.apply(images_B3HW, parameters_BP).contiguous(memory_format=memory_format)
 
-    weak_U3HW = images(host.weak_U3HW)
-    views = [strong(weak_U3HW, parameters_UP) for parameters_UP in host.photometric_VUP]
+    bytes_U3HW = moved(host.weak_U3HW)
+    weak_U3HW = images(bytes_U3HW)
+    views = [strong(bytes_U3HW, weak_U3HW, parameters_UP) for parameters_UP in host.photometric_VUP]
     second_weak_U3HW = second_strong_U3HW = None
     if host.second_weak_U3HW is not None and host.second_photometric_UP is not None:
-        second_weak_U3HW = images(host.second_weak_U3HW)
-        second_strong_U3HW = strong(second_weak_U3HW, host.second_photometric_UP)
+        bytes_U3HW = moved(host.second_weak_U3HW)
+        second_weak_U3HW = images(bytes_U3HW)
+        second_strong_U3HW = strong(bytes_U3HW, second_weak_U3HW, host.second_photometric_UP)
     return SemiBatch(
-        image_L3HW=images(host.image_L3HW),
+        image_L3HW=images(moved(host.image_L3HW)),
         label_LHW=moved(host.label_LHW).long(),
         slots_L=moved(host.slots_L),
         weak_U3HW=weak_U3HW,

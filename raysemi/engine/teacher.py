@@ -22,7 +22,7 @@ class AveragedCopy:
     Args:
         student: the network; its present weights are where the average begins.
         average: the rule; its kind is not `none`.
-        period: steps between two updates of the kind `period`.
+        period: steps between two updates of the kind `period`; and of which `start` and `copied` count.
     """
 
     def __init__(self, student: Segmentor, average: Average, period: int) -> None:

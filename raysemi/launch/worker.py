@@ -122,6 +122,7 @@ class _Run:
             with_truth=truth,
             cores=torch.get_num_threads(),
             pinned=self.trainer.device.type == "cuda",
+            strong=method.strong,
         )
 
     def _resume(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from raysemi.base import Config
+from raysemi.methods.augseg import AugSeg, AugSegConfig
 from raysemi.methods.base import Method
 from raysemi.methods.corrmatch import CorrMatch, CorrMatchConfig
 from raysemi.methods.derprop import DerProp, DerPropConfig
@@ -22,4 +23,5 @@ METHODS: dict[str, tuple[type[Config], type[Method]]] = {
     "corrmatch": (CorrMatchConfig, CorrMatch),
     "derprop": (DerPropConfig, DerProp),
     "u2pl": (U2PLConfig, U2PL),
+    "augseg": (AugSegConfig, AugSeg),
 }

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from raysemi.base import Config, choices, search
-from raysemi.data.types import SemiBatch
+from raysemi.data.types import SemiBatch, StrongViews
 from raysemi.methods.weighting import NoWeighting, Weighting
 from raysemi.models.segmentor import Channels, Segmentor
 from raysemi.ops import draws
@@ -148,6 +148,8 @@ class Method(nn.Module, ABC):
     """Strong views of each unlabeled image; 0 = its weak view alone."""
     uses_unlabeled: bool = True
     """False when the method reads no unlabeled image."""
+    strong: StrongViews = "jitter"
+    """Family of its strong views, unless `data.views.strong` names one."""
     second_view: bool = False
     """True when the method needs a second random geometry of each unlabeled image."""
     weighted: bool = False

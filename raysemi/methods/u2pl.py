@@ -44,7 +44,7 @@ from raysemi.ops.losses import (
     supervised,
     unsupervised,
 )
-from raysemi.ops.mixing import half_boxes, next_in_group, paste
+from raysemi.ops.mixing import half_boxes, next_in_group, paste_all
 from raysemi.ops.pseudo_label import confidence_and_label
 
 _DROP = 0.1  # of the channels in the heads
@@ -158,10 +158,8 @@ class U2PL(Method):
         confidence_UHW, pseudo_UHW = confidence_and_label(weak.logits_BKHW)
         clean_UHW = entropy(weak.logits_BKHW)
         reliable_UHW = self.weighting.reliable(pseudo_UHW, confidence_UHW, batch)
-        boxes_U4, group = self._boxes(batch, context)
-        own = batch.weak_U3HW, pseudo_UHW, batch.valid_UHW, clean_UHW, reliable_UHW
-        mixed_U3HW, label_UHW, valid_UHW, entropy_UHW, reliable_UHW = paste(
-            boxes_U4, *own, source=[next_in_group(tensor, group) for tensor in own]
+        mixed_U3HW, label_UHW, valid_UHW, entropy_UHW, reliable_UHW = self._mix(
+            batch, context, batch.weak_U3HW, pseudo_UHW, batch.valid_UHW, clean_UHW, reliable_UHW
         )
 
         images_B3HW, num_labeled = torch.cat((batch.image_L3HW, mixed_U3HW)), len(batch.image_L3HW)
@@ -185,8 +183,7 @@ class U2PL(Method):
 
         labeled, unlabeled = student.prediction.split([num_labeled, len(mixed_U3HW)])
         self.weighting.remember(labeled, [UnlabeledPass(unlabeled, label_UHW, reliable_UHW)], batch, context)
-        weight_UHW = self.weighting.weigh(weak, pseudo_UHW, context)
-        weight_UHW = paste(boxes_U4, weight_UHW, source=[next_in_group(weight_UHW, group)])
+        (weight_UHW,) = self._mix(batch, context, self.weighting.weigh(weak, pseudo_UHW, context))
 
         cells = Cells.of(batch.label_LHW, (label_UHW, valid_UHW, entropy_UHW), (low, high), taught.prediction)
         self.contrast.remember(taught.representation_BDhw, cells, batch, context)
@@ -209,12 +206,13 @@ class U2PL(Method):
             "contrastive": unsupervised((view.representation_BDhw.sum() * 0.0, zero), self.config.contrast.weight),
         }
 
-    def _boxes(self, batch: SemiBatch, context: StepContext) -> tuple[Tensor, int]:
-        """CutMix with the next one of the group: boxes, all 0 in groups that are not mixed, and images of a group."""
+    def _mix(self, batch: SemiBatch, context: StepContext, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """CutMix of images and all that belongs to their pixels with the next one of the group."""
         group = group_size(self.config.group, len(batch.slots_U) * context.across.world)
         height, width = batch.weak_U3HW.shape[-2:]
         mixed_U1 = context.uniform(batch.slots_U // group, "cutmix/group", 1) < self.config.cutmix
-        return half_boxes(context.uniform(batch.slots_U, "cutmix/box", 3), height, width) * mixed_U1, group
+        boxes_U4 = half_boxes(context.uniform(batch.slots_U, "cutmix/box", 3), height, width) * mixed_U1
+        return paste_all(boxes_U4, tensors, [next_in_group(tensor, group) for tensor in tensors])
 
     def _see(self, network: Segmentor, images_B3HW: Tensor, batch: SemiBatch, context: StepContext, name: str) -> _View:
         prediction, hidden = network(images_B3HW), self.config.representation.hidden

@@ -52,3 +52,16 @@ def uniform(seed: int, step: int, slots_B: Tensor, name: str, count: int) -> Ten
     columns = torch.arange(count, device=slots_B.device, dtype=torch.int64)
     bits = _splitmix(rows[:, None] ^ _splitmix(columns)[None, :])
     return _shift_right(bits, 40).to(torch.float32) * 2.0**-24
+
+
+def beta(uniform_BN: Tensor, alpha: int) -> Tensor:
+    """Numbers from Beta(alpha, N + 1 - alpha): the alpha-th smallest of N uniform ones, which has exactly that law.
+
+    Args:
+        uniform_BN: of `uniform`; N = alpha + beta - 1.
+        alpha: 1..N.
+
+    Returns:
+        float32 [B] in [0, 1), on the device of the uniform numbers.
+    """
+    return uniform_BN.sort(dim=1).values[:, alpha - 1]

@@ -67,6 +67,44 @@ def half_boxes(uniform_U3: Tensor, height: int, width: int) -> Tensor:
     return torch.stack((left, top, left + box_width, top + box_height), dim=1)
 
 
+def permuted(uniform_GS: Tensor) -> Tensor:
+    """Partner row of each image, a random permutation within each group of S neighbouring rows.
+
+    Args:
+        uniform_GS: uniform numbers, one row a group.
+
+    Returns:
+        int64 [G * S]: row i of the images is mixed with that row; it may be i itself.
+    """
+    groups, size = uniform_GS.shape
+    first_G1 = size * torch.arange(groups, device=uniform_GS.device)[:, None]
+    return (first_G1 + uniform_GS.argsort(dim=1, stable=True)).flatten()
+
+
+def centred_boxes(area_U: Tensor, centre_U2: Tensor, height: int, width: int) -> Tensor:
+    """Boxes with a share of the image's area around drawn centres, cut off at the image's border.
+
+    sides = int(side * sqrt(area)); centre uniform in [side // 8, side) along each axis; box = centre -+ sides // 2.
+
+    Args:
+        area_U: share of the area before it is cut off, in [0, 1].
+        centre_U2: uniform numbers in [0, 1) for row and column of the centre.
+        height, width: of the images.
+
+    Returns:
+        int64 [U, 4] (left, top, right, bottom), half open.
+
+    Source: the box of CutMix, arXiv:1905.04899, as AugSeg's code draws it: no centre in the first eighths.
+    """
+    edges = []
+    for side, uniform_U in zip((width, height), centre_U2.flip(1).unbind(1), strict=True):
+        half_U = (side * area_U.sqrt()).long() // 2
+        centre_U = side // 8 + (uniform_U * (side - side // 8)).long()
+        edges.append(((centre_U - half_U).clamp(min=0), (centre_U + half_U).clamp(max=side)))
+    (left_U, right_U), (top_U, bottom_U) = edges
+    return torch.stack((left_U, top_U, right_U, bottom_U), dim=1)
+
+
 def inside(boxes_U4: Tensor, height: int, width: int) -> Tensor:
     """Pixels of each image's box.
 
@@ -112,11 +150,15 @@ def paste(boxes_U4: Tensor, /, *tensors: Tensor, source: Sequence[Tensor] | None
 
     Source: Yun et al. 2019, CutMix, arXiv:1905.04899; partners as in UniMatch V2, by pairs of slots.
     """
+    mixed = paste_all(boxes_U4, tensors, [partner(tensor) for tensor in tensors] if source is None else source)
+    return mixed[0] if len(mixed) == 1 else mixed
+
+
+def paste_all(boxes_U4: Tensor, tensors: Sequence[Tensor], source: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """`paste` of any number of tensors, from given ones."""
     height, width = tensors[0].shape[-2:]
     inside_UHW = inside(boxes_U4, height, width)
-    froms = [partner(tensor) for tensor in tensors] if source is None else source
-    mixed = tuple(
+    return tuple(
         torch.where(inside_UHW.view(len(tensor), *[1] * (tensor.dim() - 3), height, width), other, tensor)
-        for tensor, other in zip(tensors, froms, strict=True)
+        for tensor, other in zip(tensors, source, strict=True)
     )
-    return mixed[0] if len(mixed) == 1 else mixed

@@ -5,6 +5,8 @@ Axes: B images, K classes, H x W pixels. Nothing here carries a gradient or wait
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,28 @@ def confidence_and_label(logits_BKHW: Tensor) -> tuple[Tensor, Tensor]:
     # softmax at its largest entry is 1 / sum exp(z - max z): the division over all classes is never made
     confidence_BHW = (logits_BKHW - peak_B1HW).exp_().sum(dim=1).reciprocal_()
     return confidence_BHW, label_B1HW.squeeze(1)
+
+
+@torch.no_grad()
+def image_confidence(logits_BKHW: Tensor, valid_BHW: Tensor) -> Tensor:
+    """How sure a network is of each image: mean over its valid pixels of (1 - entropy / log K) * largest probability.
+
+    Args:
+        logits_BKHW: class scores, K of at least 2.
+        valid_BHW: bool, False at padding.
+
+    Returns:
+        float32 [B] in [0, 1] (float64 for float64 logits); 0 for an image without a valid pixel.
+
+    Source: Zhao et al. 2023, AugSeg, arXiv:2212.04976, section 3.3, as its code weighs the entropy by the probability.
+    """
+    logits_BKHW = logits_BKHW if logits_BKHW.dtype == torch.float64 else logits_BKHW.float()
+    log_probability_BKHW = logits_BKHW.log_softmax(dim=1)
+    probability_BKHW = log_probability_BKHW.exp()
+    entropy_BHW = -(probability_BKHW * log_probability_BKHW).sum(dim=1) / math.log(logits_BKHW.shape[1])
+    sure_BHW = (1.0 - entropy_BHW) * probability_BKHW.amax(dim=1)
+    pixels_B = valid_BHW.sum(dim=(1, 2)).clamp(min=1)
+    return ((sure_BHW * valid_BHW).sum(dim=(1, 2)) / pixels_B).clamp(0.0, 1.0)
 
 
 def class_peaks(logits_BKHW: Tensor, valid_BHW: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ CASES = {
         "method.representation.hidden=6", "method.representation.dim=8", "method.queue.size=150",
         "method.queue.first_size=250", "method.queue.max_new=20",
     ],
+    "augseg": ["augseg", "method.threshold=0.145", "method.group=2"],
 }  # fmt: skip
 """Method, and settings beside those of `trace`."""
 STEPS = 3
@@ -63,6 +64,7 @@ def trace(pools: Path, folder: Path, case: str, across: Any, norm: str = "frozen
     stream = Stream(
         config.data, {name: Pool.open(pools / name) for name in read}, config.seed, 4, 4,
         across.rank, across.world, learner.strong_views, learner.second_view, 0, STEPS,
+        strong=learner.strong,
     )  # fmt: skip
     losses, gradient = [], None
     for host in stream:
@@ -167,5 +169,6 @@ def test_unsupervised_terms_take_part(traces):
         ("u2pl", "loss/consistency"),
         ("u2pl", "loss/contrastive"),
         ("derprop-momentum", "loss/strong"),
+        ("augseg", "loss/consistency"),
     ):
         assert all(losses[term] > 1e-4 for losses in traces[case][0]["losses"])

@@ -31,7 +31,8 @@ def test_no_line_of_a_step_waits_for_the_device(scenes: Path, tmp_path: Path, me
     )  # fmt: skip
     pools = {name: Pool.open(scenes / name) for name in ("labeled", "unlabeled")}
     stream = Stream(
-        config.data, pools, 0, 2, 2, 0, 1, learner.strong_views, learner.second_view, 0, 4, pinned=True
+        config.data, pools, 0, 2, 2, 0, 1, learner.strong_views, learner.second_view, 0, 4, pinned=True,
+        strong=learner.strong,
     )  # fmt: skip
     hosts = list(stream)
     trainer.train_step(hosts[0])  # libraries choose their kernels here

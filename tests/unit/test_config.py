@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -69,7 +70,7 @@ def test_images_of_a_group_stay_on_one_rank() -> None:
     check_world(grouped(12), 3)
     check_world(grouped(2), 1)  # by default 4, or all where they are fewer
     check_world(grouped(9, group=3), 3)  # pairs need not stand together
-    with pytest.raises(ConfigError, match=r"method\.group must divide each rank's share.* 12 on 2 ranks.*got 4.*to 16"):
+    with pytest.raises(ConfigError, match=r"got 4 \(the default\) .*=12 on 2 ranks.*unlabeled=16"):
         check_world(grouped(12), 2)
     check_world(grouped(12, group=2), 2)
     with pytest.raises(ConfigError, match=r"method\.group must .*got 4"):
@@ -152,3 +153,23 @@ def test_all_broken_rules_come_at_once() -> None:
     )
     for part in ("run must", "data.val must", "data.unlabeled must", "train.stop_at must", "train.batch.labeled must"):
         assert part in text
+
+
+def test_a_group_that_is_mixed_stays_on_one_rank() -> None:
+    def made(unlabeled: int, group: int | None = None) -> RunConfig:
+        batch = {"labeled": 12, "unlabeled": unlabeled}
+        return config(train={"steps": 50, "batch": batch}, method={"name": "augseg", "group": group})
+
+    for world, unlabeled, group in ((1, 12, None), (3, 12, None), (1, 2, None), (1, 3, None), (2, 6, 3), (2, 10, 5)):
+        check_world(made(unlabeled, group), world)
+    for world, unlabeled, group, text in (
+        (2, 4, None, r"got 4 \(the default\) for train\.batch\.unlabeled=4 on 2 ranks\. Set method\.group=2 or train\."
+                     r"batch\.unlabeled=8"),
+        (2, 12, None, r"method\.group=3 or train\.batch\.unlabeled=16"),
+        (1, 9, 4, r"got 4 for train\.batch\.unlabeled=9 on 1 rank\. Set method\.group=3 or"),
+        (1, 1, None, r"Set train\.batch\.unlabeled=2\."),
+        (2, 2, 2, r"Set train\.batch\.unlabeled=4\."),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=r"method\.group must divide the unlabeled images of each rank") as caught:
+            check_world(made(unlabeled, group), world)
+        assert re.search(text, str(caught.value)), caught.value

@@ -10,6 +10,7 @@ from raysemi.data.loader import DataConfig, Stream, loader_processes
 from raysemi.data.order import Order
 from raysemi.data.reader import Reader
 from raysemi.errors import ConfigError, DataError, DataFailure
+from raysemi.ops import intensity
 
 SIDE = 24
 
@@ -19,9 +20,12 @@ def pools(tmp_path, make_pool):
     return {"labeled": make_pool(tmp_path / "l", 5), "unlabeled": make_pool(tmp_path / "u", 13, masks=False)}
 
 
-def stream(pools, start=0, stop=4, *, rank=0, world=1, strong=2, second=True, truth=False, batches=(2, 4), **settings):
+def stream(
+    pools, start=0, stop=4, *, rank=0, world=1, strong=2, second=True, truth=False, batches=(2, 4), family="jitter",
+    **settings,
+):  # fmt: skip
     config = DataConfig(crop=SIDE, **settings)
-    return Stream(config, pools, 7, *batches, rank, world, strong, second, start, stop, truth)
+    return Stream(config, pools, 7, *batches, rank, world, strong, second, start, stop, truth, strong=family)
 
 
 def assert_same(one, other):
@@ -49,6 +53,21 @@ def test_shapes_and_ranges(pools):
     assert not torch.equal(batch.second_weak_U3HW, batch.weak_U3HW)
     assert batch.second_photometric_UP.shape == (4, 10)
     assert batch.truth_UHW is None
+
+
+def test_the_method_proposes_the_family_of_strong_views_and_the_setting_decides(pools):
+    (plain,) = stream(pools, 3, 4)
+    (batch,) = stream(pools, 3, 4, family="intensity")
+    assert (plain.strong, batch.strong) == ("jitter", "intensity")
+    assert batch.photometric_VUP.shape == (2, 4, len(intensity.PARAMETERS))
+    assert batch.second_photometric_UP.shape == (4, len(intensity.PARAMETERS))
+    assert not torch.equal(batch.photometric_VUP[0], batch.photometric_VUP[1])
+    halves = [next(iter(stream(pools, 3, 4, rank=rank, world=2, family="intensity"))) for rank in range(2)]
+    assert torch.equal(torch.cat([half.photometric_VUP for half in halves], dim=1), batch.photometric_VUP)
+    assert_same(next(iter(stream(pools, 3, 4, family="intensity", views={"strong": "jitter"}))), plain)
+    assert_same(next(iter(stream(pools, 3, 4, views={"strong": "intensity"}))), batch)
+    (one,) = stream(pools, 3, 4, family="intensity", views={"operations": 1})
+    assert not one.photometric_VUP[..., 2:].any()
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver"])

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from pydantic import ValidationError
 from raysemi.data import views
 from raysemi.data.types import HostBatch
 from raysemi.data.views import Geometry, ViewsConfig
-from raysemi.ops import photometric
+from raysemi.ops import intensity, photometric
 
 CONFIG = ViewsConfig()
 
@@ -151,21 +153,32 @@ def test_draws_depend_on_seed_pass_key_and_purpose():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"scale": (2.0, 0.5)}, {"scale": (0, 1)}, {"blur_sigma": (0.1, 9)}, {"cutmix_area": (0.1, 0.95)}, {"zoom": 1}],
+    [
+        {"scale": (2.0, 0.5)},
+        {"scale": (0, 1)},
+        {"blur_sigma": (0.1, 9)},
+        {"cutmix_area": (0.1, 0.95)},
+        {"zoom": 1},
+        {"strong": "weak"},
+        {"operations": 5},
+        {"operations": 0},
+    ],
 )
 def test_ranges_are_checked(wrong):
     with pytest.raises(ValidationError):
         ViewsConfig(**wrong)
 
 
-def host(num_views: int, second: bool = True, unlabeled: int = 3) -> HostBatch:
+def host(num_views: int, second: bool = True, unlabeled: int = 3, strong: str = "jitter") -> HostBatch:
     source = rng(2)
 
     def pixels(*shape: int) -> torch.Tensor:
         return torch.from_numpy(source.integers(0, 256, shape).astype(np.uint8))
 
-    parameters = [[photometric.draw(source, CONFIG) for _ in range(unlabeled)] for _ in range(num_views + 1)]
-    drawn = torch.from_numpy(np.array(parameters, dtype=np.float32).reshape(num_views + 1, unlabeled, 10))
+    family = views.FAMILIES[strong]
+    parameters = [[family.draw(source, CONFIG) for _ in range(unlabeled)] for _ in range(num_views + 1)]
+    shape = num_views + 1, unlabeled, len(family.PARAMETERS)
+    drawn = torch.from_numpy(np.array(parameters, dtype=np.float32).reshape(shape))
     return HostBatch(
         step=4,
         image_L3HW=pixels(2, 3, 9, 11),
@@ -181,6 +194,7 @@ def host(num_views: int, second: bool = True, unlabeled: int = 3) -> HostBatch:
         second_weak_U3HW=pixels(unlabeled, 3, 9, 11) if second else None,
         second_valid_UHW=pixels(unlabeled, 9, 11) > 9 if second else None,
         second_photometric_UP=drawn[num_views] if second else None,
+        strong=strong,
     )
 
 
@@ -202,6 +216,24 @@ def test_on_device_makes_the_strong_views(layout):
     assert batch.weak_U3HW.is_contiguous(memory_format=layout)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_on_device_makes_the_views_of_random_intensity(layout):
+    given = host(2, strong="intensity")
+    batch = views.on_device(given, torch.device("cpu"), layout)
+    assert batch.second_weak_U3HW is not None
+    for strong, weak, parameters in [
+        (batch.strong_VU3HW[0], given.weak_U3HW, given.photometric_VUP[0]),
+        (batch.strong_VU3HW[1], given.weak_U3HW, given.photometric_VUP[1]),
+        (batch.second_strong_U3HW, given.second_weak_U3HW, given.second_photometric_UP),
+    ]:
+        assert torch.equal(strong, intensity.apply(weak, parameters).float() / 255)
+        assert strong.is_contiguous(memory_format=layout)
+    assert not torch.equal(batch.strong_VU3HW[0], batch.strong_VU3HW[1])
+    identity = dataclasses.replace(given, photometric_VUP=torch.zeros_like(given.photometric_VUP))
+    batch = views.on_device(identity, torch.device("cpu"), layout)
+    assert torch.equal(batch.strong_VU3HW[0], batch.weak_U3HW)
+
+
 def test_without_colour_strong_equals_weak():
     given = host(1, second=False)
     given.photometric_VUP[:] = torch.tensor([1.0, 1, 1, 0, 0, 1, 2, 3, 0, 0])
@@ -211,6 +243,7 @@ def test_without_colour_strong_equals_weak():
 
 
 def test_no_unlabeled_images_and_no_views():
-    batch = views.on_device(host(2, unlabeled=0), torch.device("cpu"), torch.channels_last)
-    assert batch.strong_VU3HW.shape == (2, 0, 3, 9, 11)
+    for strong in views.FAMILIES:
+        batch = views.on_device(host(2, unlabeled=0, strong=strong), torch.device("cpu"), torch.channels_last)
+        assert batch.strong_VU3HW.shape == (2, 0, 3, 9, 11)
     assert views.on_device(host(0), torch.device("cpu"), torch.channels_last).strong_VU3HW.shape == (0, 3, 3, 9, 11)

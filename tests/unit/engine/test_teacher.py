@@ -85,6 +85,37 @@ def test_own_buffers_are_copied_with_the_student_and_then_left_alone():
     assert teacher.model.weight.item() == pytest.approx(3.0)
 
 
+def test_the_copy_is_the_student_during_the_first_period():
+    """augseg.md section 7.7; afterwards d = min(1 - 1/(i+1), decay) with the global step i."""
+    student = Student(0.1)
+    teacher = AveragedCopy(student, Average(kind="ema", decay=0.6, copied=1), period=3)
+    expected = 0.0
+    for step, value in enumerate((0.3, 0.7, 1 / 3, 2.0, 5.0)):
+        student.set(value)
+        teacher.after_step(student, step, YES)
+        if step < 3:
+            assert torch.equal(teacher.model.weight, student.weight)
+            expected = value
+        else:
+            expected = 0.6 * expected + 0.4 * value
+            assert teacher.model.weight.item() == pytest.approx(expected, abs=1e-6)
+            assert not torch.equal(teacher.model.weight, student.weight)
+    student.set(9.0)
+    before = teacher.model.weight.clone()
+    teacher.after_step(student, 5, NO)
+    assert torch.equal(teacher.model.weight, before)
+
+
+def test_running_statistics_are_averaged_like_weights():
+    """augseg.md section 7.8: running mean = d * old + (1 - d) * student's."""
+    student = nn.BatchNorm1d(2)
+    teacher = AveragedCopy(student, Average(kind="ema", decay=0.75), period=3)
+    student.running_mean.copy_(torch.tensor([4.0, -8.0]))
+    teacher.model.running_mean.copy_(torch.tensor([2.0, 1.0]))
+    teacher.after_step(student, 100, YES)
+    torch.testing.assert_close(teacher.model.running_mean, torch.tensor([2.5, -1.25]))
+
+
 def test_momentum_network_averages_once_a_period():
     """derprop.md section 10: theta = 1, 2, 3 from 0 with ratio 0.5 gives 0.5, 1.25, 2.125."""
     student = Student(0.0)

@@ -36,6 +36,7 @@ def assert_same_bits(a: checkpoint.Snapshot, b: checkpoint.Snapshot) -> None:
 OF_METHOD = {
     "fixmatch": ["method.threshold=0.2"],
     "derprop": ["method.threshold.initial=0.25"],
+    "augseg": ["method.threshold=0.2"],
     "u2pl": [
         "method.contrast.delta_p=0.1", "method.representation.hidden=6", "method.representation.dim=8",
         "method.queue.size=90", "method.queue.first_size=110",

@@ -20,6 +20,7 @@ CLASSES = 4
 QUEUE = {"size": 30, "first_size": 40}
 TRUSTING = {
     "fixmatch": {"threshold": 0.2},
+    "augseg": {"threshold": 0.2},
     "unimatch": {"threshold": 0.2},
     "unimatch_v2": {"threshold": 0.2},
     "corrmatch": {"region": {"segments": 6}, "threshold": {"initial": 0.2}},
@@ -141,6 +142,7 @@ def test_it_learns_a_few_images(name):
 TEACHES_CLASSES = {
     "fixmatch": ["consistency"],
     "mean_teacher": ["consistency"],
+    "augseg": ["consistency"],
     "unimatch": ["strong_1", "strong_2", "perturbed"],
     "unimatch_v2": ["strong_1", "strong_2"],
     "corrmatch": ["strong", "kl", "perturbed"],

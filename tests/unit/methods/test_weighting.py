@@ -23,6 +23,7 @@ CLASSES = 4
 WEIGHTED = [name for name, (_, method) in METHODS.items() if method.weighted]
 SETTINGS = {
     "fixmatch": {"threshold": 0.2},
+    "augseg": {"threshold": 0.2},
     "unimatch": {"threshold": 0.2},
     "unimatch_v2": {"threshold": 0.2},
     "corrmatch": {"region": {"segments": 6}, "threshold": {"initial": 0.2}},
@@ -90,7 +91,16 @@ def objectives(name, weighting=None, batch=None):
 
 
 def test_the_methods_of_the_paper_and_those_of_propagation_may_be_weighted():
-    assert set(WEIGHTED) >= {"fixmatch", "mean_teacher", "unimatch", "unimatch_v2", "u2pl", "corrmatch", "derprop"}
+    assert set(WEIGHTED) >= {
+        "fixmatch",
+        "mean_teacher",
+        "unimatch",
+        "unimatch_v2",
+        "augseg",
+        "u2pl",
+        "corrmatch",
+        "derprop",
+    }
     assert not METHODS["supervised"][1].weighted
 
 

@@ -7,8 +7,9 @@ import hashlib
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
-from raysemi.ops.draws import uniform
+from raysemi.ops.draws import beta, uniform
 
 
 def splitmix(x):
@@ -75,3 +76,10 @@ def test_numbers_are_uniform():
 
 def test_no_host_wait():
     assert uniform(0, 0, torch.arange(3, device="meta"), "x", 5).shape == (3, 5)  # a meta tensor has nothing to read
+
+
+@pytest.mark.parametrize(("alpha", "other"), [(8, 2), (4, 4), (1, 1), (1, 3)])
+def test_an_order_statistic_is_beta_distributed(alpha, other):
+    numbers = beta(uniform(0, 0, torch.arange(20_000), "x", alpha + other - 1), alpha)
+    assert stats.kstest(numbers.numpy(), stats.beta(alpha, other).cdf).pvalue > 0.01
+    assert stats.kstest(numbers.numpy(), stats.beta(alpha, other + 1).cdf).pvalue < 1e-6

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from raysemi.errors import ConfigError
-from raysemi.ops.mixing import half_boxes, inside, next_in_group, partner, paste
+from raysemi.ops.mixing import centred_boxes, half_boxes, inside, next_in_group, partner, paste, permuted
 
 BOXES = torch.tensor([[1, 0, 4, 2], [0, 0, 0, 0], [0, 2, 7, 5], [6, 4, 7, 5], [2, 1, 3, 4]])  # 5 images of 5 x 7
 
@@ -124,3 +124,34 @@ def test_half_boxes_fit_into_the_smallest_images():
         assert (boxes_U4[:, :2] >= 0).all()
         assert (boxes_U4[:, 2] <= width).all()
         assert (boxes_U4[:, 3] <= height).all()
+
+
+def test_a_permutation_within_each_group():
+    uniform_GS = torch.tensor([[0.5, 0.1, 0.9], [0.2, 0.2, 0.1]])  # equal numbers: the earlier image first
+    assert permuted(uniform_GS).tolist() == [1, 0, 2, 5, 3, 4]
+    assert permuted(torch.empty(2, 3, device="meta")).shape == (6,)
+
+
+def test_centred_boxes():
+    """augseg.md section 7.2: l = 0.75, S = 513 -> side 256; cut off at the border, where the centre stays."""
+    area_U = torch.tensor([0.25, 0.25, 0.25, 0.0, 1.0])
+    centre_U2 = torch.tensor([[0.5, 0.5], [0.0, 1 - 2**-24], [0.0, 0.0], [0.3, 0.3], [0.0, 0.0]])
+    boxes = centred_boxes(area_U, centre_U2, 513, 513)
+    low, middle = 513 // 8, 513 // 8 + 224  # centres: 64 + int(0.5 * 449)
+    assert boxes[0].tolist() == [middle - 128, middle - 128, middle + 128, middle + 128]
+    assert boxes[1].tolist() == [512 - 128, 0, 513, low + 128]  # column 512, row 64
+    assert boxes[2].tolist() == [0, 0, low + 128, low + 128]
+    assert (boxes[3, 2] - boxes[3, 0], boxes[3, 3] - boxes[3, 1]) == (0, 0)
+    assert boxes[4].tolist() == [0, 0, low + 256, low + 256]
+    wide = centred_boxes(area_U[:1], torch.tensor([[0.0, 0.5]]), 24, 40)[0]  # height 24: row 3; width 40: column 22
+    assert wide.tolist() == [22 - 10, 0, 22 + 10, 3 + 6]
+    empty = torch.empty(3, device="meta")
+    assert centred_boxes(empty, torch.empty(3, 2, device="meta"), 24, 40).shape == (3, 4)
+
+
+def test_no_centre_in_the_first_eighth():
+    numbers = torch.rand(50_000, 2, generator=torch.Generator().manual_seed(0))
+    boxes = centred_boxes(torch.full((50_000,), 4.1 / 513**2), numbers, 513, 513)  # boxes of 2 x 2 around the centre
+    for low, high in ((boxes[:, 0], boxes[:, 2]), (boxes[:, 1], boxes[:, 3])):
+        assert (low.min() + 1, high.max()) == (513 // 8, 513)
+        assert abs((low.float() + 1).mean() - (64 + 512) / 2) < 2

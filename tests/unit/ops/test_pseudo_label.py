@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from raysemi.ops.pseudo_label import class_peaks, confidence_and_label, peaks_by_class, update_threshold
+from raysemi.ops.pseudo_label import (
+    class_peaks,
+    confidence_and_label,
+    image_confidence,
+    peaks_by_class,
+    update_threshold,
+)
 
 
 def make(seed, images=3, classes=5, height=6, width=7):
@@ -100,3 +106,24 @@ def test_no_host_wait():
     logits, valid = torch.empty(2, 3, 4, 5, device="meta"), torch.empty(2, 4, 5, device="meta", dtype=torch.bool)
     threshold = torch.empty((), device="meta")  # a meta tensor has nothing to read
     assert update_threshold(threshold, class_peaks(logits, valid)).shape == ()
+
+
+def test_the_worked_confidence_of_an_image():
+    """augseg.md section 3.2: (.9, .05, .05) gives .57690, (.4, .3, .3) gives .00354; mean .29022."""
+    logits = torch.tensor([[0.9, 0.05, 0.05], [0.4, 0.3, 0.3], [0.1, 0.2, 0.7]]).log().T[None, :, None]  # one row of 3
+    valid = torch.tensor([[[True, True, False]]])
+    assert image_confidence(logits[..., :1], valid[..., :1]).item() == pytest.approx(0.57690, abs=1e-5)
+    assert image_confidence(logits[..., 1:2], valid[..., 1:2]).item() == pytest.approx(0.00354, abs=1e-5)
+    assert image_confidence(logits, valid).item() == pytest.approx(0.29022, abs=1e-5)
+    assert image_confidence(logits, torch.zeros_like(valid)).item() == 0.0
+
+
+def test_the_confidence_of_images_is_the_mean_over_their_valid_pixels():
+    logits, valid = make(4)
+    p = softmax(logits.numpy())
+    sure = (1 + (p * np.log(p)).sum(1) / np.log(5)) * p.max(1)
+    expected = [one[mask].mean() for one, mask in zip(sure, valid.numpy(), strict=True)]
+    np.testing.assert_allclose(image_confidence(logits.requires_grad_(), valid).numpy(), expected, rtol=1e-5)
+    assert image_confidence(1e4 * logits, valid).tolist() == [1.0] * 3
+    assert image_confidence(0 * logits, valid).max() < 1e-6
+    assert not image_confidence(logits, valid).requires_grad
