@@ -201,4 +201,7 @@ class PixelContrast(nn.Module):
 def _of_all_ranks(value_BX: Tensor, num_labeled: int, across: AcrossRanks) -> Tensor:
     """This rank's rows -> those of all ranks: all labeled slots in order, then all unlabeled ones."""
     value_WBX = across.gather(value_BX)
-    return torch.cat((value_WBX[:, :num_labeled].flatten(0, 1), value_WBX[:, num_labeled:].flatten(0, 1)))
+    world, images = value_WBX.shape[:2]
+    row_WB = torch.arange(world * images, device=value_BX.device).view(world, images)
+    row_G = torch.cat((row_WB[:, :num_labeled].flatten(), row_WB[:, num_labeled:].flatten()))
+    return value_WBX.flatten(0, 1)[row_G]  # autocast to bfloat16 refuses a cat of half-precision keys

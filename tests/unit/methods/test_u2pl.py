@@ -303,6 +303,17 @@ def test_no_gradient_reaches_teacher_or_weak_views():
     assert method.contrast.queues.filled_K.sum() > 0
 
 
+def test_it_runs_in_half_precision():
+    method, student, teacher = build(auxiliary_weight=0.4)
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = method.objectives(semi_batch(CLASSES), step_context(student, teacher))
+    exact = build(auxiliary_weight=0.4)
+    expected = exact[0].objectives(semi_batch(CLASSES), step_context(*exact[1:]))
+    for name, term in terms.items():
+        assert mean(term) == pytest.approx(mean(expected[name]), rel=0.1)
+    assert method.contrast.queues.filled_K.sum() > 0
+
+
 def test_padded_and_ignored_pixels_change_nothing():
     """Whatever both networks say there."""
     results = []
