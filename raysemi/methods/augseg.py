@@ -10,7 +10,7 @@ Observed, of the un-mixed weak views: "pseudo", "confidence", "trusted" (kept pi
 Source: Zhao et al. 2023, AugSeg, arXiv:2212.04976, and its code. Differs: partners and box sizes are drawn in groups of
 neighbouring slots instead of a worker's batch, so that the number of ranks changes nothing; padding gets no
 pseudo-label and does not count in an image's confidence.
-Axes: L labeled, U unlabeled images, G groups of S images, K classes, H x W pixels.
+Axes: L labeled, U unlabeled images, G groups of neighbouring ones, K classes, H x W pixels.
 """
 
 from __future__ import annotations
