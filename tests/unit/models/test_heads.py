@@ -1,10 +1,10 @@
-"""The correlation head: shapes, dropped channels, the shared projection."""
+"""Heads: shapes, published sizes, dropped channels; the correlation head's shared projection."""
 
 from __future__ import annotations
 
 import torch
 
-from raysemi.models.heads import CorrelationHead
+from raysemi.models.heads import AuxiliaryHead, CorrelationHead, RepresentationHead
 
 
 def test_two_projections():
@@ -38,3 +38,34 @@ def test_channel_factors_act_after_the_norm():
     keep = torch.rand(2, 7) + 0.5
     hidden = torch.relu(head.norm(head.reduce(high))) * keep[:, :, None, None]
     torch.testing.assert_close(head(high, keep_BC=keep)[0], head.first(hidden))
+
+
+def test_representation_head_has_the_published_size_and_draws_nothing_itself():
+    with torch.device("meta"):
+        assert sum(p.numel() for p in RepresentationHead(512).parameters()) == 1_836_800
+    head, joined = RepresentationHead(5, dim=4, hidden=7).eval(), torch.randn(2, 5, 3, 6)
+    asked = {}
+
+    def run(dropped):
+        def keep(name, channels):
+            asked[name] = channels
+            return torch.full((2, channels), float(name != dropped))
+
+        return head(joined, keep)
+
+    assert head(joined).shape == (2, 4, 3, 6)
+    assert torch.equal(run("nothing"), head(joined))
+    assert asked == {"representation/first": 7, "representation/second": 7}
+    torch.testing.assert_close(run("representation/first"), head.project(head.second(torch.zeros(2, 7, 3, 6))))
+    torch.testing.assert_close(run("representation/second"), head.project.bias[:, None, None].expand(2, 4, 3, 6))
+
+
+def test_auxiliary_head_has_the_published_size_and_draws_nothing_itself():
+    with torch.device("meta"):
+        assert sum(p.numel() for p in AuxiliaryHead(1024, 19).parameters()) == 66_824_422 - 64_459_475
+    head, middle = AuxiliaryHead(5, num_classes=3, hidden=7).eval(), torch.randn(2, 5, 4, 6)
+    keep = {"auxiliary": torch.rand(2, 7)}
+    hidden = torch.relu(head.reduce[1](head.reduce[0](middle)))
+    torch.testing.assert_close(head(middle), head.classifier(hidden))
+    dropped = head(middle, lambda name, channels: keep[name])
+    torch.testing.assert_close(dropped, head.classifier(hidden * keep["auxiliary"][:, :, None, None]))
