@@ -88,9 +88,9 @@ class ModelConfig(Config):
                 f"{self.encoder}. Remove model.stem."
             )
         for name in ("atrous_rates", "multi_grid"):
-            given = getattr(self, name)
-            if given is not None and min(given) < 1:
-                raise ValueError(f"{name} must be at least 1; got {list(given)}. Use null for the default.")
+            factors = getattr(self, name)
+            if factors is not None and min(factors) < 1:
+                raise ValueError(f"{name} must be at least 1; got {list(factors)}. Use null for the default.")
         if self.multi_grid is not None and self.encoder not in PAPER_RESNETS:
             raise ValueError(
                 f"multi_grid must be null (the default) unless encoder is resnet50 or resnet101; got "
@@ -103,13 +103,15 @@ class ModelConfig(Config):
                 f"name must be dpt for the encoders {known}, and for these alone; got {self.name} with {self.encoder}. "
                 f"Set model.name={'dpt' if transformer else 'deeplabv3plus'}, or another model.encoder."
             )
-        for name in ("output_stride", "channels", "low_channels", "atrous_rates"):
-            default = type(self).model_fields[name].default
-            if transformer and getattr(self, name) != default:
-                raise ValueError(
-                    f"{name} must be {'null' if default is None else default} (the default) with dpt, whose sizes "
-                    f"follow the encoder; got {getattr(self, name)}. Remove model.{name}."
-                )
+        fields = type(self).model_fields
+        unread = ("output_stride", "channels", "low_channels", "atrous_rates")
+        given = [name for name in unread if transformer and getattr(self, name) != fields[name].default]
+        if given:
+            defaults = " ".join(f"model.{name}={fields[name].default or 'null'}" for name in given)
+            raise ValueError(
+                f"{' and '.join(given)} must be left as they are by default with dpt, whose sizes follow the encoder; "
+                f"got {', '.join(str(getattr(self, name)) for name in given)}. Set {defaults}."
+            )
         return self
 
 

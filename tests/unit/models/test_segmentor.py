@@ -322,8 +322,10 @@ def test_a_stem_for_another_encoder_is_refused() -> None:
         ({"multi_grid": (2, 0, 4), "encoder": "resnet50"}, "multi_grid must be at least 1"),
         ({"name": "dpt"}, "name must be dpt for .*; got dpt with tf_efficientnet_lite0. Set model.name=deeplabv3plus"),
         ({"encoder": DINO}, f"name must be dpt for .*; got deeplabv3plus with {DINO}. Set model.name=dpt"),
-        ({"name": "dpt", "encoder": DINO, "output_stride": 8}, "output_stride must be 16 .* with dpt.*; got 8"),
-        ({"name": "dpt", "encoder": DINO, "low_channels": 48}, "low_channels must be null .* with dpt.*; got 48"),
+        (
+            {"name": "dpt", "encoder": DINO, "channels": 64, "low_channels": 24},
+            "channels and low_channels must .* with dpt.*; got 64, 24. Set model.channels=256 model.low_channels=null",
+        ),
     ],
 )
 def test_settings_that_do_not_belong_together_are_refused(settings: dict[str, object], text: str) -> None:
