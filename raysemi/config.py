@@ -21,6 +21,7 @@ from raysemi.errors import ConfigError
 from raysemi.methods import METHODS
 from raysemi.methods.base import group_size
 from raysemi.methods.weighting import NoWeightingConfig, WeightingConfig
+from raysemi.models.encoders import PATCH
 from raysemi.models.segmentor import ModelConfig
 
 
@@ -137,6 +138,22 @@ def _learner(method: Any) -> Any:
     return METHODS[method.name][1]
 
 
+def _crop_holds_whole_patches(data: DataConfig, model: ModelConfig) -> Iterator[str]:
+    if model.name == "dpt" and data.crop % PATCH:
+        yield (
+            f"data.crop must be a multiple of {PATCH}, the patches of {model.encoder}; got {data.crop}. "
+            f"Set it to {_next_multiple(data.crop, PATCH)} (UniMatch V2: 518, Cityscapes 798)."
+        )
+
+
+def _window_holds_whole_patches(eval: EvalConfig, model: ModelConfig) -> Iterator[str]:
+    if model.name == "dpt" and eval.window is not None and eval.window % PATCH:
+        yield (
+            f"eval.window must be a multiple of {PATCH}, the patches of {model.encoder}; got {eval.window}. "
+            f"Set it to {_next_multiple(eval.window, PATCH)} (UniMatch V2 on Cityscapes: 798)."
+        )
+
+
 def _stop_within_steps(train: TrainConfig) -> Iterator[str]:
     if train.stop_at is not None and train.stop_at > train.steps:
         yield (
@@ -202,7 +219,8 @@ def _shares(
     one_norm = gpu and world > 1  # SyncBatchNorm: only several GPUs have it
     # a method may begin with the labeled images alone
     joined = uses_unlabeled(method, data) and not getattr(method, "warmup_periods", 0)
-    if labeled == world and model.batch_norm == "train" and not (joined or one_norm):
+    normalises = model.batch_norm == "train" and model.name != "dpt"  # which has no BatchNorm
+    if labeled == world and normalises and not (joined or one_norm):
         yield (
             "train.batch.labeled must give each rank at least 2 images, since BatchNorm cannot normalise the decoder's "
             f"pooled branch over one value; got 1. Set it to {2 * world}, use fewer ranks or "
@@ -253,4 +271,7 @@ def _secrets(path: str, value: Any) -> Iterator[str]:
         )
 
 
-_RULES = (_stop_within_steps, _pools_are_named, _may_be_weighted, _ranks_fit)
+_RULES = (
+    *(_stop_within_steps, _pools_are_named, _may_be_weighted, _ranks_fit),
+    *(_crop_holds_whole_patches, _window_holds_whole_patches),
+)

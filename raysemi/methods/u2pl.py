@@ -33,7 +33,7 @@ from raysemi.errors import ConfigError
 from raysemi.methods.base import Average, Method, StepContext, group_size
 from raysemi.methods.pixel_contrast import Cells, ContrastConfig, PixelContrast, QueueConfig
 from raysemi.methods.weighting import UnlabeledPass
-from raysemi.models.decoders import resize
+from raysemi.models.decoders import Keep, resize
 from raysemi.models.heads import AuxiliaryHead, RepresentationHead
 from raysemi.models.segmentor import Channels, Prediction, Segmentor
 from raysemi.ops.entropy import entropy, percentiles
@@ -131,7 +131,7 @@ class U2PL(Method):
     def heads(self, channels: Channels) -> dict[str, nn.Module]:
         """The representation, and the auxiliary classifier where it has a weight."""
         size = self.config.representation
-        heads: dict[str, nn.Module] = {"representation": RepresentationHead(channels.joined, size.hidden, size.dim)}
+        heads: dict[str, nn.Module] = {"representation": RepresentationHead(channels.joined, size.dim, size.hidden)}
         if self.config.auxiliary_weight > 0.0:
             if channels.middle is None:
                 raise ConfigError(
@@ -215,11 +215,9 @@ class U2PL(Method):
         return paste_all(boxes_U4, tensors, [next_in_group(tensor, group) for tensor in tensors])
 
     def _see(self, network: Segmentor, images_B3HW: Tensor, batch: SemiBatch, context: StepContext, name: str) -> _View:
-        prediction, hidden = network(images_B3HW), self.config.representation.hidden
-        first_BC, second_BC = (
-            _keep(batch, context, len(images_B3HW), f"representation/{name}/{layer}", hidden) for layer in (1, 2)
-        )
-        return _View(prediction, network.heads["representation"](prediction.joined_BDhw, (first_BC, second_BC)))
+        keep = _keeper(batch, context, len(images_B3HW), name)
+        prediction = network(images_B3HW, keep)
+        return _View(prediction, network.heads["representation"](prediction.joined_BDhw, keep))
 
     def _labeled_terms(self, view: Prediction, batch: SemiBatch, context: StepContext) -> dict[str, Objective]:
         num_labeled, size = len(batch.image_L3HW), batch.label_LHW.shape[1:]
@@ -230,8 +228,8 @@ class U2PL(Method):
         terms = {"supervised": supervised(loss(view.logits_BKHW), weight=1.0)}
         if self.config.auxiliary_weight > 0.0:
             assert view.features.middle_BDhw is not None  # `heads` refuses an encoder without it
-            keep_BC = _keep(batch, context, len(view.logits_BKHW), "auxiliary", _AUXILIARY_HIDDEN)
-            scores_BKhw = context.student.heads["auxiliary"](view.features.middle_BDhw, keep_BC)
+            keep = _keeper(batch, context, len(view.logits_BKHW), "student")
+            scores_BKhw = context.student.heads["auxiliary"](view.features.middle_BDhw, keep)
             terms["auxiliary"] = supervised(loss(resize(scores_BKhw, size)), self.config.auxiliary_weight)
         return terms
 
@@ -245,12 +243,16 @@ class U2PL(Method):
         return unsupervised((total * inverse_share, normaliser), self.config.unsupervised_weight)
 
 
-def _keep(batch: SemiBatch, context: StepContext, num_images: int, name: str, channels: int) -> Tensor:
-    """Dropout factors of the labeled images and, where they are in the pass, the unlabeled ones."""
-    rows = [context.keep(batch.slots_L, f"{name}/labeled", channels, _DROP)]
-    if num_images > len(batch.slots_L):
-        rows.append(context.keep(batch.slots_U, f"{name}/unlabeled", channels, _DROP))
-    return torch.cat(rows)
+def _keeper(batch: SemiBatch, context: StepContext, num_images: int, network: str) -> Keep:
+    """Dropout factors of a network's pass over the labeled images and, where they are in it, the unlabeled ones."""
+
+    def keep(name: str, channels: int) -> Tensor:
+        rows = [context.keep(batch.slots_L, f"{network}/{name}/labeled", channels, _DROP)]
+        if num_images > len(batch.slots_L):
+            rows.append(context.keep(batch.slots_U, f"{network}/{name}/unlabeled", channels, _DROP))
+        return torch.cat(rows)
+
+    return keep
 
 
 @contextmanager

@@ -42,7 +42,7 @@ class Says(nn.Module):
         self.heads = nn.ModuleDict({"representation": RepresentationHead(labeled_LKHW.shape[1], hidden=5, dim=7)})
         self.seen = []
 
-    def forward(self, images_B3HW):
+    def forward(self, images_B3HW, keep=None):
         self.seen.append((self.training, images_B3HW))
         logits_BKHW = torch.cat((self.labeled_LKHW, self.unlabeled_UKHW))[-len(images_B3HW) :]
         return Prediction(logits_BKHW, Features((logits_BKHW,)), logits_BKHW, logits_BKHW)
