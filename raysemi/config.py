@@ -15,6 +15,7 @@ from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 from raysemi.base import Config
 from raysemi.data.loader import DataConfig
 from raysemi.engine.evaluate import EvalConfig
+from raysemi.engine.gradients import GradientsConfig
 from raysemi.engine.optim import OptimConfig
 from raysemi.engine.trainer import TrainConfig
 from raysemi.errors import ConfigError
@@ -23,13 +24,6 @@ from raysemi.methods.base import group_size
 from raysemi.methods.weighting import NoWeightingConfig, WeightingConfig
 from raysemi.models.encoders import PATCH
 from raysemi.models.segmentor import ModelConfig
-
-
-class GradientsConfig(Config):
-    """`gradients.*`: how the supervised and the unsupervised side become one direction."""
-
-    name: Literal["uniform"] = "uniform"
-    """uniform: the published sum of the terms."""
 
 
 class RayConfig(Config):
@@ -198,6 +192,21 @@ def _may_be_weighted(weighting: Any, method: Any, model: ModelConfig) -> Iterato
         )
 
 
+def _two_sides(gradients: GradientsConfig, method: Any, data: DataConfig) -> Iterator[str]:
+    learner = _learner(method)
+    if not learner.uses_unlabeled:
+        why, way = f"method {method.name}", "another method"
+    elif data.unlabeled is None and learner.unlabeled_optional:
+        why, way = "a run without unlabeled images", "data.unlabeled"
+    else:
+        return
+    one = f"since all terms of {why} are supervised and there is no second gradient"
+    if gradients.name != "uniform":
+        yield f"gradients.name must be uniform, {one}; got {gradients.name}. Set gradients=uniform, or {way}."
+    if gradients.measure_every:
+        yield f"gradients.measure_every must be 0, {one}; got {gradients.measure_every}. Set it to 0, or {way}."
+
+
 def _ranks_fit(
     train: TrainConfig, method: Any, data: DataConfig, model: ModelConfig, ray: RayConfig | Literal["none"]
 ) -> Iterator[str]:
@@ -272,6 +281,6 @@ def _secrets(path: str, value: Any) -> Iterator[str]:
 
 
 _RULES = (
-    *(_stop_within_steps, _pools_are_named, _may_be_weighted, _ranks_fit),
+    *(_stop_within_steps, _pools_are_named, _may_be_weighted, _two_sides, _ranks_fit),
     *(_crop_holds_whole_patches, _window_holds_whole_patches),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -62,6 +63,16 @@ def join(timeout_s: float = 1800.0) -> AcrossRanks:
     if not dist.is_initialized() and world_from_environment() > 1:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(seconds=timeout_s))
     return ProcessGroup() if dist.is_initialized() else SingleRank()
+
+
+def start_average(value: Tensor, across: AcrossRanks) -> Callable[[], object]:
+    """Begins to replace a contiguous tensor by its mean over ranks; what is returned waits for it (on CUDA, the device
+    waits and the host does not)."""
+    if across.world == 1:
+        return lambda: None
+    work = dist.all_reduce(value.div_(across.world), async_op=True)
+    wait: Callable[[], object] = work.wait
+    return wait
 
 
 def leave() -> None:

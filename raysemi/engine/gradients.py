@@ -1,17 +1,87 @@
-"""Objectives of all ranks -> one update direction.
+"""Objectives of all ranks -> one update direction, by a rule: `gradients.*`.
 
-The uniform rule: one backward of the sum of weight * total / normaliser, both summed over all ranks. Data-parallel
-training averages gradients over ranks, so each rank's share is multiplied by the number of ranks: N ranks give the
-gradient of one rank with the same global batch, whatever pixels each of them ignores.
+uniform and fixed: one backward of a weighted sum of the terms. Data-parallel training averages gradients over ranks, so
+each rank's share is multiplied by the number of ranks: N ranks give the gradient of one rank with the same global
+batch, whatever pixels each of them ignores.
+
+pareto: a backward for each side, both gradients averaged over all ranks, and only then the weights, from global
+gradients: a mean of the ranks' own weights, or of what each would have combined, is another method and may climb.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from itertools import groupby
+from typing import Annotated, Literal, NamedTuple
+
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from raysemi.base import Config, choices
+from raysemi.engine.distributed import start_average
 from raysemi.methods.base import AcrossRanks
 from raysemi.ops.losses import Objective
+from raysemi.ops.pareto import Mix, Products, inner_products, least_cosine, mix
+
+Side = Literal["supervised", "unsupervised"]
+Weight = Annotated[float, Field(ge=0.0)]
+
+
+class GradientsConfig(Config):
+    """`gradients.*`: how the supervised and the unsupervised side become one direction."""
+
+    name: Literal["uniform", "fixed", "pareto"] = Field("uniform", json_schema_extra=choices(["uniform", "pareto"]))
+    """uniform: the published sum of the terms. fixed: `weights`. pareto: weights anew in every step, from both sides'
+    gradients, so that the step hurts neither side. With L_side twice the sum of a side's terms, uniform is
+    (L_supervised + L_unsupervised) / 2."""
+    weights: tuple[Weight, Weight] = (0.5, 0.5)
+    """fixed: factors on L_supervised and L_unsupervised, used as they are; [0.5, 0.5] is uniform, and what the paper
+    calls 2 : 1 is [1, 0.5]."""
+    meo: bool = Field(True, json_schema_extra=choices([True, False]))
+    """pareto: the step gets the length of the uniform one; without, it is shorter, as with a smaller learning rate."""
+    min_ratio: float = Field(1e-3, ge=0.0, le=1.0, json_schema_extra=choices([0.0, 1e-3, 1e-2]))
+    """pareto: a gradient shorter than this share of the other counts as vanished, and the step is uniform; 0 = only
+    one that is 0."""
+    max_scale: float | None = Field(10.0, ge=1.0, json_schema_extra=choices([3.0, 10.0, None]))
+    """pareto: largest factor of `meo`; null = no limit, as in the paper."""
+    every: int = Field(1, ge=1, json_schema_extra={"unit": "steps"})
+    """pareto: steps between two computations of the weights; the steps between cost one backward. 1 = the paper's."""
+    metric: Literal["euclid", "lr"] = "euclid"
+    """pareto: metric in which the direction is the shortest. lr: each coordinate weighs as its learning rate, for
+    groups with different ones; lengths stay Euclidean."""
+    warmup: int = Field(0, ge=0, json_schema_extra={"unit": "steps"})
+    """pareto: uniform steps before; for methods whose unsupervised side holds regularisers long before it trusts a
+    pixel."""
+    exclusive: Literal["uniform", "alpha"] = "uniform"
+    """pareto: parameters that one side alone trains. uniform: left out of the products and trained as under uniform.
+    alpha: in the products, and weighted like all others."""
+    measure_every: int = Field(0, ge=0, json_schema_extra={"unit": "steps"})
+    """Steps between two measurements of both gradients, under any rule; 0 = none. Under other rules than pareto it
+    costs two more backwards and changes nothing else."""
+
+    @model_validator(mode="after")
+    def _check(self) -> GradientsConfig:
+        if self.name == "fixed" and not any(self.weights):
+            raise ValueError(f"weights must not both be 0; got {list(self.weights)}. Use [0.5, 0.5] for uniform")
+        if self.name == "pareto" and self.every > 1 and self.exclusive == "uniform":
+            raise ValueError(
+                "every must be 1 unless exclusive is alpha, since the steps between have one backward, which weighs "
+                f"all parameters alike; got {self.every}. Set exclusive to alpha"
+            )
+        return self
+
+
+class SideLosses(NamedTuple):
+    """What a step differentiates, as this rank's share: the mean over ranks is the global value."""
+
+    total: Tensor
+    """The published total."""
+    supervised: Tensor
+    """L_supervised, twice the sum of that side: the total is (L_supervised + L_unsupervised) / 2."""
+    unsupervised: Tensor
+    values: dict[str, Tensor]
+    """Each objective without its weight, detached."""
 
 
 def join_ranks(objectives: dict[str, Objective], across: AcrossRanks) -> dict[str, Tensor]:
@@ -39,3 +109,198 @@ def uniform_loss(objectives: dict[str, Objective], losses: dict[str, Tensor], un
     factor = {"supervised": 1.0, "unsupervised": unsupervised}
     terms = [objectives[name].weight * factor[objectives[name].side] * loss for name, loss in losses.items()]
     return torch.stack(terms).sum()
+
+
+def side_loss(objectives: dict[str, Objective], losses: dict[str, Tensor], side: Side, factor: float = 1.0) -> Tensor:
+    """L_side: twice the sum of weight * loss over one side's terms, times `factor`; 0 without gradient for none."""
+    terms = [2.0 * factor * objectives[name].weight * loss for name, loss in losses.items()
+             if objectives[name].side == side]  # fmt: skip
+    return torch.stack(terms).sum() if terms else next(iter(losses.values())).new_zeros(())
+
+
+class BothGradients:
+    """The gradients of both sides, flat and averaged over ranks: two rows of a buffer of twice the parameters' size.
+
+    Args:
+        rates: the parameters, each with its learning rate relative to the others'; the same order on every rank.
+        across: the ranks.
+        set_aside: parameters that one side alone reaches stay out of products and mix, and get half their gradient.
+    """
+
+    def __init__(self, rates: Mapping[Tensor, float], across: AcrossRanks, *, set_aside: bool) -> None:
+        self._across = across
+        self._set_aside = set_aside
+        self._parameters = sorted(rates, key=lambda parameter: rates[parameter])
+        self._blocks: list[tuple[float, int]] = [
+            (rate, sum(parameter.numel() for parameter in block))
+            for rate, block in groupby(self._parameters, key=lambda parameter: rates[parameter])
+        ]
+        """(rate, entries) of the stretches of equal rate."""
+        self._flat_2P: Tensor | None = None
+        self._views: list[list[Tensor]] = []
+        self._reached: list[list[bool]] = []
+        self._aside: dict[int, Tensor] = {}
+
+    def fill(self, losses: SideLosses, *, keep_graph: bool) -> None:
+        """Computes both gradients and averages them over ranks; the parameters' own `.grad` stay as they are.
+
+        A hook that reduces when a parameter's `.grad` is made (DistributedDataParallel) does not fire.
+
+        Args:
+            losses: of this rank.
+            keep_graph: True when another backward follows.
+        """
+        flat_2P = self._buffer()
+        waits: list[Callable[[], object]] = []
+        self._reached = []
+        for row, loss in enumerate((losses.supervised, losses.unsupervised)):
+            gradients: tuple[Tensor | None, ...] = (None,) * len(self._parameters)
+            if loss.requires_grad:
+                gradients = torch.autograd.grad(
+                    loss, self._parameters, retain_graph=keep_graph or row == 0, allow_unused=True
+                )
+            found = [(view, g) for view, g in zip(self._views[row], gradients, strict=True) if g is not None]
+            flat_2P[row].zero_()
+            if found:
+                torch._foreach_copy_([view for view, _ in found], [gradient for _, gradient in found])
+            self._reached.append([gradient is not None for gradient in gradients])
+            waits.append(start_average(flat_2P[row], self._across))  # travels while the other side's is computed
+        for wait in waits:
+            wait()
+        # Whom a side reaches is read off the graph of this very step: the same on all ranks, and after a restart.
+        self._aside = {}
+        for row in range(2) if self._set_aside else ():
+            alone = [i for i in range(len(self._parameters)) if self._reached[row][i] and not self._reached[1 - row][i]]
+            for i in alone:
+                self._aside[i] = 0.5 * self._views[row][i]
+                self._views[row][i].zero_()
+
+    def products(self) -> tuple[Products, Products]:
+        """Inner products of the global gradients, plain and with each coordinate weighted by its learning rate.
+
+        Each rank multiplies its own stretch, so that all get the same bits.
+        """
+        rank, world = self._across.rank, self._across.world
+        parts, start = [], 0
+        for _, count in self._blocks:
+            share = -(-count // world)
+            mine = slice(start + min(rank * share, count), start + min((rank + 1) * share, count))
+            parts.append(inner_products(self._buffer()[:, mine]))
+            start += count
+        summed = self._across.sum(torch.stack(parts)).unbind()
+        weighted = [rate * part for (rate, _), part in zip(self._blocks, summed, strict=True)]
+        return Products(*torch.stack(summed).sum(dim=0)), Products(*torch.stack(weighted).sum(dim=0))
+
+    def combine(self, factor_s: Tensor, factor_u: Tensor) -> None:
+        """Makes factor_s g_s + factor_u g_u the parameters' `.grad`; one that no side reaches gets None."""
+        step_P, other_P = self._buffer()
+        step_P.mul_(factor_s.to(step_P.dtype)).addcmul_(other_P, factor_u.to(step_P.dtype))
+        for i, half in self._aside.items():
+            self._views[0][i].copy_(half)
+        for i, parameter in enumerate(self._parameters):
+            parameter.grad = self._views[0][i] if self._reached[0][i] or self._reached[1][i] else None
+
+    def _buffer(self) -> Tensor:
+        if self._flat_2P is None:
+            sizes = [parameter.numel() for parameter in self._parameters]
+            first = self._parameters[0]
+            self._flat_2P = torch.zeros(2, sum(sizes), dtype=first.dtype, device=first.device)
+            self._views = [  # each in the memory format of its parameter, which optimizers want of a gradient
+                [part.as_strided(p.shape, p.stride())
+                 for part, p in zip(row_P.split(sizes), self._parameters, strict=True)]
+                for row_P in self._flat_2P
+            ]  # fmt: skip
+        return self._flat_2P
+
+
+class GradientRule:
+    """From a step's losses to the gradients that the optimizer reads.
+
+    Args:
+        config: `gradients.*`.
+        rates: the parameters that train, each with its relative learning rate.
+        across: the ranks.
+        measured: called with (steps done, scalars) of each measuring step; the scalars, the same on all ranks, are
+            norms and cosine of both gradients, the weights, the factor, the least cosine of the step with a gradient.
+    """
+
+    def __init__(
+        self,
+        config: GradientsConfig,
+        rates: Mapping[Tensor, float],
+        across: AcrossRanks,
+        measured: Callable[[int, dict[str, Tensor]], None] = lambda step, values: None,
+    ) -> None:
+        self._config = config
+        self._measured = measured
+        self._both = BothGradients(rates, across, set_aside=config.exclusive == "uniform")
+        device = next(iter(rates)).device
+        weights = config.weights if config.name == "fixed" else (0.5, 0.5)
+        self._present_3 = torch.tensor((*weights, 1.0), device=device)
+        """alpha_s, alpha_u and the factor of the step: those of the rule, or of the last computation."""
+        self._none = torch.zeros((), device=device)
+
+    def backward(self, losses: SideLosses, step: int) -> dict[str, Tensor]:
+        """Leaves in every parameter the step's gradient, averaged over ranks.
+
+        Args:
+            losses: of this rank.
+            step: global step, from 0.
+
+        Returns:
+            Scalars to be averaged over steps: for pareto, how often each guard was at work.
+        """
+        config = self._config
+        pareto = config.name == "pareto"
+        renew = pareto and step >= config.warmup and (step - config.warmup) % config.every == 0
+        measure = config.measure_every > 0 and (step + 1) % config.measure_every == 0
+        guards = {"fallback": self._none, "capped": self._none}
+        if renew or measure:
+            self._both.fill(losses, keep_graph=not renew)
+            plain, rated = self._both.products()
+        if renew:
+            found = mix(
+                plain,
+                rated if config.metric == "lr" else None,
+                meo=config.meo,
+                min_ratio=config.min_ratio,
+                max_scale=config.max_scale,
+            )
+            self._both.combine(found.scale * found.alpha_s, found.scale * found.alpha_u)
+            guards = {"fallback": found.fallback.float(), "capped": found.capped.float()}
+            self._keep(found)
+        elif config.name == "fixed" or (pareto and step >= config.warmup):
+            alpha_s, alpha_u, scale = self._present_3
+            (scale * (alpha_s * losses.supervised + alpha_u * losses.unsupervised)).backward()
+        else:
+            losses.total.backward()
+        if measure:
+            self._measured(step + 1, _described(plain, *(found[:3] if renew else self._present_3.to(plain.ss.dtype))))
+        return {f"gradients/{name}": value for name, value in guards.items()} if pareto else {}
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint needs: the weights that later steps use, if any do."""
+        return {"weights": self._present_3} if self._config.every > 1 else {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Restores what `state` gave."""
+        if "weights" in state:
+            self._present_3.copy_(state["weights"])
+
+    def _keep(self, found: Mix) -> None:
+        new_3 = torch.stack(found[:3]).to(self._present_3.dtype)
+        # not those of a step that is skipped
+        self._present_3.copy_(torch.where(torch.isfinite(new_3).all(), new_3, self._present_3))
+
+
+def _described(products: Products, alpha_s: Tensor, alpha_u: Tensor, scale: Tensor) -> dict[str, Tensor]:
+    norm_s, norm_u = products.ss.sqrt(), products.uu.sqrt()
+    return {
+        "gradients/norm_supervised": norm_s,
+        "gradients/norm_unsupervised": norm_u,
+        "gradients/cosine": products.su / (norm_s * norm_u),
+        "gradients/weight_supervised": alpha_s,
+        "gradients/weight_unsupervised": alpha_u,
+        "gradients/scale": scale,
+        "gradients/least_cosine": least_cosine(scale * alpha_s, scale * alpha_u, products),
+    }

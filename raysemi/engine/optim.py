@@ -46,10 +46,13 @@ class Optimizer:
         self._config = config
         self._steps = steps
         self.names: dict[Tensor, str] = {p: name for name, p in student.named_parameters() if p.requires_grad}
-        groups = [
-            {"params": list(student.encoder_parameters()), "factor": 1.0},
-            {"params": list(student.other_parameters()), "factor": config.head_multiplier},
-        ]
+        encoder, other = list(student.encoder_parameters()), list(student.other_parameters())
+        self.rates: dict[Tensor, float] = {
+            **dict.fromkeys(encoder, 1.0),
+            **dict.fromkeys(other, config.head_multiplier),
+        }
+        """Each parameter's learning rate, relative to the encoder's."""
+        groups = [{"params": encoder, "factor": 1.0}, {"params": other, "factor": config.head_multiplier}]
         groups = [group for group in groups if group["params"]]
         self._fused = next(iter(self.names)).device.type in ("cpu", "cuda")
         if config.name == "sgd":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -58,6 +60,31 @@ class Meter:
         self._sum, self._count = None, 0
         self.restart_clock()
         return metrics
+
+
+class Samples:
+    """Scalars of single steps, kept on the device until they are read: for what a mean over steps would hide."""
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[int, tuple[str, ...]]] = []
+        self._rows: list[Tensor] = []
+
+    def add(self, step: int, values: dict[str, Tensor]) -> None:
+        """Keeps a step's scalars; no host wait.
+
+        Args:
+            step: steps done.
+            values: 0-dim tensors, the same on every rank; as many at every step.
+        """
+        self._steps.append((step, tuple(values)))
+        self._rows.append(torch.stack([value.detach().reshape(()) for value in values.values()]))
+
+    def read(self) -> Iterator[tuple[int, dict[str, float]]]:
+        """(steps done, values) by step, in one transfer; a value that is not finite is left out. Resets."""
+        rows = torch.stack(self._rows).tolist() if self._rows else []
+        steps, self._steps, self._rows = self._steps, [], []
+        for (step, names), row in zip(steps, rows, strict=True):
+            yield step, {name: value for name, value in zip(names, row, strict=True) if math.isfinite(value)}
 
 
 class Record:

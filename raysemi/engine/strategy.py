@@ -1,7 +1,8 @@
 """How one step is spread over ranks: a single device, or data-parallel replicas.
 
 The whole of a method's forward work runs inside one module's `forward`, so a wrapper that expects one forward and one
-backward a step (DistributedDataParallel, later DeepSpeed) fits any method, however many passes it makes.
+backward a step (DistributedDataParallel, later DeepSpeed) fits any method, however many passes it makes. Where the
+gradient rule wants each side's gradient by itself, it takes them out of the graph behind the wrapper's back.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raysemi.data.types import SemiBatch
-from raysemi.engine.gradients import join_ranks, uniform_loss
+from raysemi.engine.gradients import GradientRule, SideLosses, join_ranks, side_loss, uniform_loss
 from raysemi.methods.base import AcrossRanks, Method, StepContext
 from raysemi.models.segmentor import Segmentor
 from raysemi.ops.schedules import rampup
 
 
 class StepModule(nn.Module):
-    """Student and method as one module: batch -> the uniform loss and each objective's value.
+    """Student and method as one module: batch -> losses.
 
     Args:
         student: what is trained.
@@ -36,23 +37,28 @@ class StepModule(nn.Module):
         self.method = method
         self.rampup_steps = rampup_steps
 
-    def forward(self, batch: SemiBatch, context: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss to differentiate, and the detached value of each objective (their mean over ranks is global)."""
+    def forward(self, batch: SemiBatch, context: StepContext) -> SideLosses:
+        """The losses to differentiate, and the value of each objective."""
         objectives = self.method.objectives(batch, context)
         losses = join_ranks(objectives, context.across)
         unsupervised = rampup(context.step, self.rampup_steps)
-        return uniform_loss(objectives, losses, unsupervised), {name: loss.detach() for name, loss in losses.items()}
+        return SideLosses(
+            uniform_loss(objectives, losses, unsupervised),
+            side_loss(objectives, losses, "supervised"),
+            side_loss(objectives, losses, "unsupervised", unsupervised),
+            {name: loss.detach() for name, loss in losses.items()},
+        )
 
 
 class Strategy(Protocol):
     """What the trainer needs of a way to spread a step."""
 
-    def losses(self, batch: SemiBatch, context: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, batch: SemiBatch, context: StepContext) -> SideLosses:
         """Runs the method on this rank's share, under autocast."""
         ...
 
-    def backward(self, loss: Tensor) -> None:
-        """Leaves in every parameter the gradient averaged over ranks."""
+    def backward(self, losses: SideLosses, step: int) -> dict[str, Tensor]:
+        """Leaves in every parameter the gradient that the rule makes, averaged over ranks; what the rule counts."""
         ...
 
     def settle(self, loss: Tensor) -> Tensor:
@@ -71,6 +77,7 @@ class Replicas:
         module: student and method, on the device.
         across: the ranks.
         device: this rank's device.
+        rule: makes the gradients.
         precision: autocast type; float32 switches autocast off.
         teacher: a network whose BatchNorm statistics the method's own passes move, besides the student's.
     """
@@ -80,11 +87,13 @@ class Replicas:
         module: StepModule,
         across: AcrossRanks,
         device: torch.device,
+        rule: GradientRule,
         precision: torch.dtype = torch.float32,
         teacher: nn.Module | None = None,
     ) -> None:
         self._across = across
         self._device = device
+        self._rule = rule
         self._precision = precision
         self._module: nn.Module = module
         if across.world > 1:
@@ -98,16 +107,16 @@ class Replicas:
     def _autocast(self) -> AbstractContextManager[None]:
         return torch.autocast(self._device.type, self._precision, enabled=self._precision != torch.float32)
 
-    def losses(self, batch: SemiBatch, context: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, batch: SemiBatch, context: StepContext) -> SideLosses:
         """Runs the method on this rank's share, under autocast."""
         self._before = [buffer.clone() for buffer in self._kept]
         with self._autocast():
-            loss, values = self._module(batch, context)
-        return loss, values
+            losses: SideLosses = self._module(batch, context)
+        return losses
 
-    def backward(self, loss: Tensor) -> None:
-        """Leaves in every parameter the gradient averaged over ranks."""
-        loss.backward()
+    def backward(self, losses: SideLosses, step: int) -> dict[str, Tensor]:
+        """Leaves in every parameter the gradient that the rule makes, averaged over ranks; what the rule counts."""
+        return self._rule.backward(losses, step)
 
     @torch.no_grad()
     def settle(self, loss: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ from raysemi.base import Config, choices
 from raysemi.data.types import HostBatch
 from raysemi.data.views import on_device
 from raysemi.engine.checkpoint import Snapshot
+from raysemi.engine.gradients import GradientRule, GradientsConfig
 from raysemi.engine.optim import OptimConfig, Optimizer
-from raysemi.engine.record import Meter
+from raysemi.engine.record import Meter, Samples
 from raysemi.engine.strategy import Replicas, StepModule, Strategy, synchronise_batch_norm
 from raysemi.engine.teacher import AveragedCopy
 from raysemi.methods.base import AcrossRanks, Method, StepContext
@@ -76,6 +77,8 @@ class Hooks:
     """(steps done) every `checkpoint_every` steps, after the best evaluation and at the end."""
     should_stop: Callable[[], bool]
     """Asked after every step: True ends the loop with a checkpoint (Ctrl-C)."""
+    sample: Callable[[int, dict[str, float]], None] = lambda step, values: None
+    """(steps done, values) of each step that was measured by itself, before the next `log` or `save`."""
 
 
 def resolve_period(config: TrainConfig, pass_steps: int) -> int:
@@ -98,6 +101,7 @@ class Trainer:
         method: names the objectives; its buffers are part of the state.
         config: `train.*`.
         optim: `optim.*`.
+        gradients: `gradients.*`.
         across: the ranks.
         device: this rank's device.
         period: what stands for an epoch, in steps (`resolve_period`).
@@ -115,6 +119,7 @@ class Trainer:
         device: torch.device,
         period: int,
         seed: int,
+        gradients: GradientsConfig = GradientsConfig(),  # noqa: B008 - frozen
     ) -> None:
         self.config = config
         self.across = across
@@ -131,11 +136,12 @@ class Trainer:
         average = method.average
         self.average = AveragedCopy(self.student, average, period) if average.kind != "none" else None
         module = StepModule(self.student, self.method, config.rampup * config.steps).train()
-        teacher = self.average.model if self.average is not None and average.buffers == "own" else None
-        self.strategy: Strategy = Replicas(module, across, device, self.precision, teacher)
         self.optimizer = Optimizer(self.student, optim, config.steps)
         self._parameters = list(self.optimizer.names)
-        self._meter = Meter()
+        self._meter, self._samples = Meter(), Samples()
+        self.rule = GradientRule(gradients, self.optimizer.rates, across, self._samples.add)
+        teacher = self.average.model if self.average is not None and average.buffers == "own" else None
+        self.strategy: Strategy = Replicas(module, across, device, self.rule, self.precision, teacher)
 
     @property
     def evaluated(self) -> Segmentor:
@@ -163,7 +169,7 @@ class Trainer:
 
         Returns:
             Scalars on the device whose mean over ranks is the global value: objectives, gradient norm, and what the
-            method observed.
+            method and gradient rule observed.
         """
         batch = on_device(host, self.device, self.memory_format)
         observed: dict[str, Tensor] = {}
@@ -174,9 +180,9 @@ class Trainer:
 
         if self.average is not None:
             self.average.before_step(self.student, self.step)
-        loss, values = self.strategy.losses(batch, self.context(listen))
-        self.strategy.backward(loss)
-        finite = self.strategy.settle(loss)
+        losses = self.strategy.losses(batch, self.context(listen))
+        counted = self.strategy.backward(losses, self.step)
+        finite = self.strategy.settle(losses.total)
 
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
@@ -191,10 +197,11 @@ class Trainer:
         self.skipped += (~finite).to(self.skipped.dtype)
         self.step += 1
         return {
-            "loss/total": loss.detach(),
-            **{f"loss/{name}": value for name, value in values.items()},
+            "loss/total": losses.total.detach(),
+            **{f"loss/{name}": value for name, value in losses.values.items()},
             "gradient_norm": norm,
             "skipped_steps": self.skipped,
+            **counted,
             **observed,
         }
 
@@ -218,6 +225,7 @@ class Trainer:
             values = self.train_step(host)
             self._meter.add(values, images=len(host.keys_L) + len(host.keys_U))
             if self.step % config.log_every == 0 or self.step == config.steps:
+                self._hand_out_samples(hooks)
                 metrics = self._meter.read(self.across)
                 metrics["lr"] = self.optimizer.learning_rate(self.step - 1)
                 metrics["skipped_steps"] = float(self.skipped)  # counts from the first step on: a mean would be off
@@ -228,14 +236,20 @@ class Trainer:
                 best = hooks.evaluate(self.step)
                 self._meter.restart_clock()
             if self.step % save_every == 0 or best or stopped:
+                self._hand_out_samples(hooks)
                 hooks.save(self.step)
                 saved = self.step
                 self._meter.restart_clock()
             if stopped:
                 break
         if saved != self.step:
+            self._hand_out_samples(hooks)
             hooks.save(self.step)
         return not stopped
+
+    def _hand_out_samples(self, hooks: Hooks) -> None:
+        for step, values in self._samples.read():
+            hooks.sample(step, values)
 
     def snapshot(self) -> Snapshot:
         """The whole state, for a checkpoint."""
@@ -244,6 +258,8 @@ class Trainer:
             tensors["teacher"] = self.average.model.state_dict()
         if buffers := self.method.state_dict():
             tensors["method"] = buffers
+        if weights := self.rule.state():
+            tensors["gradients"] = weights
         started = self.average is not None and self.average.started
         return Snapshot(self.step, tensors, {"average_started": started, "skipped_steps": float(self.skipped)})
 
@@ -252,6 +268,7 @@ class Trainer:
         self.student.load_state_dict(snapshot.tensors["student"])
         self.optimizer.load_tensors(snapshot.tensors["optimizer"])
         self.method.load_state_dict(snapshot.tensors.get("method", {}))
+        self.rule.load_state(snapshot.tensors.get("gradients", {}))
         if self.average is not None:
             self.average.model.load_state_dict(snapshot.tensors["teacher"])
             self.average.started = snapshot.state["average_started"]

@@ -99,6 +99,7 @@ MAY_CHANGE = (
     "data.corrupt_limit",
     "data.loader_processes",
     "data.prefetch",
+    "gradients.measure_every",
 )
 """Settings that may differ when a run goes on: its folder may have moved, and an error may have told the user to change
 one. Anything else makes it another run."""

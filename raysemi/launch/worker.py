@@ -77,7 +77,7 @@ class _Run:
             _log.warning(message, config.train.steps, config.train.steps // period, period)
         self.trainer = Trainer(
             student, method, config.train, config.optim,
-            across=across, device=device, period=period, seed=config.seed,
+            across=across, device=device, period=period, seed=config.seed, gradients=config.gradients,
         )  # fmt: skip
         self.seconds = 0.0
         self.record: Record | None = None
@@ -94,7 +94,7 @@ class _Run:
             self.record = Record(self.folder, trainer.step)
         if trainer.step < until:
             with _graceful_stop(self.across) as should_stop:
-                hooks = Hooks(self._log, self._evaluate, self._save, should_stop)
+                hooks = Hooks(self._log, self._evaluate, self._save, should_stop, self._sample)
                 finished = trainer.fit(self._stream(trainer.step, until), hooks, config.eval.every)
             if not finished:
                 raise KeyboardInterrupt
@@ -172,6 +172,10 @@ class _Run:
             self.record.write(step, metrics)
         if self.on_log is not None:
             self.on_log(step, metrics)
+
+    def _sample(self, step: int, values: dict[str, float]) -> None:
+        if self.record is not None:
+            self.record.write(step, values)
 
     def _save(self, step: int) -> None:
         if self.across.rank != 0:

@@ -1,4 +1,4 @@
-"""Curves and large matrices as SVG that stands inside a page and takes its colours from the page's style.
+"""Curves, histograms and large matrices as SVG that stands inside a page and takes its colours from the page's style.
 
 matplotlib draws with stand-in colours; in the text of the SVG they become CSS variables (`--series-0`, `--quiet`, ...),
 so that one drawing is readable on light and on dark. Everything goes through figure objects, never through pyplot.
@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, ScalarFormatter
 from numpy.typing import NDArray
 
 from raysemi.report.runs import Curve
@@ -59,13 +59,14 @@ class Line:
     faint: bool = False
 
 
-def curves(lines: Sequence[Line], name: str, scale: float = 1.0) -> str:
+def curves(lines: Sequence[Line], name: str, scale: float = 1.0, *, log: bool = False) -> str:
     """Lines over steps, each with a band of one standard deviation where its group has several runs.
 
     Args:
         lines: at least one.
         name: name of the figure, unique on the page (names inside the SVG are derived from it).
         scale: factor of the values, 100 for shares shown in percent.
+        log: logarithmic axis of values, for what spans decades.
 
     Returns:
         An `<svg>` element.
@@ -94,10 +95,69 @@ def curves(lines: Sequence[Line], name: str, scale: float = 1.0) -> str:
         axes.margins(x=0.02, y=0.08)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
+        if log:
+            axes.set_yscale("log", nonpositive="mask")
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter(FuncFormatter(_thousands))
+            return _svg(figure)
         axes.yaxis.set_major_locator(MaxNLocator(4))
         numbers = ScalarFormatter(useOffset=False)
         numbers.set_powerlimits((-3, 4))
         axes.yaxis.set_major_formatter(numbers)
+        return _svg(figure)
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Values whose distribution is drawn in the colour of its group; `faint` outlines are dashed."""
+
+    values: NDArray[np.float64]
+    series: int
+    faint: bool = False
+
+
+def histogram(bars: Sequence[Bars], name: str, span: tuple[float, float] | None = None) -> str:
+    """Outlines of distributions over common bins; the height is the share of each one's own values, in percent.
+
+    Args:
+        bars: at least one, each with at least one value.
+        name: name of the figure, unique on the page.
+        span: ends of the axis, with a line at 0 between them; None = a logarithmic axis over all values, which must be
+            above 0.
+    """
+    everything = np.concatenate([part.values for part in bars])
+    if span is None:
+        low, high = np.log10(everything.min()), np.log10(everything.max())
+        edges = np.logspace(low - 0.05, high + 0.05, 41)
+    else:
+        edges = np.linspace(*span, 41)
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=(3.9, 2.1), layout="constrained")
+        axes = figure.add_subplot()
+        for part in bars:
+            # cosines may lie a rounding beyond 1
+            counts, _ = np.histogram(np.clip(part.values, edges[0], edges[-1]), edges)
+            shares = 100.0 * counts / len(part.values)
+            colour = _SERIES[part.series % NUM_SERIES]
+            if not part.faint:
+                axes.stairs(shares, edges, fill=True, color=colour, alpha=0.16, linewidth=0)
+            axes.stairs(
+                shares,
+                edges,
+                color=colour,
+                linewidth=1.2 if part.faint else 1.5,
+                linestyle=(0, (4, 2)) if part.faint else "-",
+            )
+        if span is None:
+            axes.set_xscale("log")
+            axes.xaxis.set_minor_locator(NullLocator())
+        else:
+            axes.axvline(0.0, color=_QUIET, linewidth=0.8)
+            axes.set_xlim(*span)
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:g} %"))
         return _svg(figure)
 
 

@@ -20,7 +20,7 @@ from markupsafe import Markup
 from raysemi.errors import CheckpointError
 from raysemi.report import figures, tables
 from raysemi.report.pictures import comparisons
-from raysemi.report.runs import Confusion, Group, Spread, differences, group_runs, read_run
+from raysemi.report.runs import Confusion, Floats, Group, Spread, differences, group_runs, read_run
 
 LARGEST_TABLE = 32
 """Classes of a confusion matrix that a table still shows; more become a picture."""
@@ -39,10 +39,23 @@ _TITLES = {
     "method/threshold": "Confidence threshold",
     "method/kept_ratio": "Kept pixels, %",
     "method/alpha": "Ramp α",
+    "gradients/norm_supervised": "Norm of both gradients",
+    "gradients/cosine": "Cosine of the two gradients",
+    "gradients/weight_unsupervised": "Weight of the unsupervised side",
+    "gradients/scale": "Factor λ on the step",
+    "gradients/least_cosine": "Least cosine of the step",
+    "gradients/fallback": "Steps with a vanished gradient, %",
+    "gradients/capped": "Steps whose λ was cut, %",
     "lr": "Learning rate",
     "images_per_s": "Images per second",
     "skipped_steps": "Skipped steps",
 }
+
+
+_GRADIENTS_NOTE = (
+    "Gradients of the supervised side (solid) and the unsupervised side (dashed). The least cosine is that of the step "
+    "with either: below 0, the step hurts one side. Distributions are over single steps, in percent of those measured."
+)
 
 
 @dataclass(frozen=True)
@@ -170,7 +183,7 @@ def _curve_sections(groups: Sequence[Group]) -> list[tuple[str, str, list[_Figur
     first = ["method/threshold", "method/kept_ratio", "method/alpha"]
     method = [name for name in first if name in names]
     method += [name for name in names if name.startswith("method/") and name not in first]
-    taken = ("eval/", "loss/", "method/", "pseudo/")
+    taken = ("eval/", "loss/", "method/", "pseudo/", "gradients/")
     progress = [name for name in names if not name.startswith(taken)]
     quality = [
         _Figure(heading, meaning, svg)
@@ -186,16 +199,44 @@ def _curve_sections(groups: Sequence[Group]) -> list[tuple[str, str, list[_Figur
         ("Pseudo-labels", stages, quality),
         ("Method", "", _figures(groups, method)),
         ("Losses", "", _figures(groups, losses)),
+        ("Gradients", _GRADIENTS_NOTE, _gradient_figures(groups, names)),
         ("Progress", "", _figures(groups, progress)),
     ]
     return [section for section in sections if section[2]]
 
 
+def _gradient_figures(groups: Sequence[Group], names: Sequence[str]) -> list[_Figure]:
+    """Curves, and the distributions of single steps, which a mean over steps would hide."""
+    wanted = ("norm_supervised", "cosine", "least_cosine", "weight_unsupervised", "scale", "fallback", "capped")
+    found = _figures(groups, [f"gradients/{name}" for name in wanted if f"gradients/{name}" in names])
+    pairs = {"norm_supervised": "norm_unsupervised", "cosine": None, "least_cosine": None}
+    for main, faint in pairs.items():
+        bars = [
+            figures.Bars(values, position, faint=name != main)
+            for position, group in enumerate(groups)
+            for name in (main, faint)
+            if name is not None and len(values := _measured(group, f"gradients/{name}", positive=faint is not None))
+        ]
+        if bars:
+            span = None if faint is not None else (-1.0, 1.0)
+            svg = Markup(figures.histogram(bars, f"histogram/{main}", span))  # noqa: S704 - escaped by matplotlib
+            found.append(_Figure(_TITLES[f"gradients/{main}"], "distribution", svg))
+    return found
+
+
+def _measured(group: Group, name: str, *, positive: bool) -> Floats:
+    """Values of a metric at single steps, of all runs of a group."""
+    found = [run.curves[name][1] for run in group.runs if name in run.curves]
+    values = np.concatenate(found) if found else np.empty(0)
+    return values[values > 0] if positive else values
+
+
 def _figures(groups: Sequence[Group], names: Iterable[str]) -> list[_Figure]:
     found = []
+    seconds = {"eval/miou": "eval/student_miou", "gradients/norm_supervised": "gradients/norm_unsupervised"}
     for name in names:
-        faint = "eval/student_miou" if name == "eval/miou" else None
-        scale = 100.0 if name.endswith("_ratio") else 1.0
+        faint = seconds.get(name)
+        scale = 100.0 if name.endswith(("_ratio", "/fallback", "/capped")) else 1.0
         svg = _drawn(groups, name, faint, scale)
         if svg is not None:
             title = name.partition("/")[2] or name
@@ -211,7 +252,10 @@ def _drawn(groups: Sequence[Group], name: str, faint: str | None = None, scale: 
             lines.append(figures.Line(main, position))
         if second is not None and (main is None or len(second.steps) > 1):
             lines.append(figures.Line(second, position, faint=main is not None))
-    return Markup(figures.curves(lines, name, scale)) if lines else None  # noqa: S704 - escaped by matplotlib
+    if not lines:
+        return None
+    svg = figures.curves(lines, name, scale, log=name.startswith("gradients/norm"))
+    return Markup(svg)  # noqa: S704 - escaped by matplotlib
 
 
 def _pseudo_by_class(groups: Sequence[Group]) -> dict[str, Any] | None:

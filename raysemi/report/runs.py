@@ -203,7 +203,10 @@ def _names(members: Sequence[Sequence[Run]]) -> list[str]:
             for path in own
             if path.split(".")[0] not in _NOT_COMPARED and any(other.get(path) != own[path] for other in others)
         ]
-        names.append(" ".join([method, *(f"{path.rpartition('.')[2]}={_short(own[path])}" for path in paths[:3])]))
+        # gradients.name=pareto reads gradients=pareto, as on the command line
+        labels = [path.removesuffix(".name").rpartition(".")[2] for path in paths[:3]]
+        pairs = zip(labels, paths, strict=False)
+        names.append(" ".join([method, *(f"{label}={_short(own[path])}" for label, path in pairs)]))
     # Settings beyond the third, or ones that only the other run has, may leave two names equal.
     return [
         name if names.count(name) == 1 else f"{name} ({Path(runs[0].location).name})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,13 @@ from makers import tiny_run
 from raysemi.data.loader import Stream
 from raysemi.data.pool import Pool
 from raysemi.engine import distributed
+from raysemi.engine.gradients import GradientRule, GradientsConfig, SideLosses
 from raysemi.engine.trainer import Trainer
 from raysemi.launch.restore import build
 from raysemi.methods.base import SingleRank
+from raysemi.ops.photometric import PARAMETERS
 
+RANK = ["weighting=rank", "weighting.confidence=0.145", "weighting.memory=5", "weighting.per_step=4"]
 CASES = {
     "supervised": ["supervised"],
     "fixmatch": ["fixmatch", "method.threshold=0.145"],
@@ -34,6 +38,17 @@ CASES = {
         "method.queue.first_size=250", "method.queue.max_new=20",
     ],
     "augseg": ["augseg", "method.threshold=0.145", "method.group=2"],
+    "fixmatch-rank": ["fixmatch", "method.threshold=0.145", *RANK],
+    "unimatch-rank-pareto": ["unimatch", "method.threshold=0.145", *RANK, "weighting.preset=released", "gradients=pareto"],
+    "fixmatch-measured": ["fixmatch", "method.threshold=0.145", "gradients.measure_every=1"],
+    "fixmatch-pareto": ["fixmatch", "method.threshold=0.145", "gradients=pareto", "gradients.measure_every=1"],
+    "fixmatch-lagged": [  # by turns two backwards of our own and one of the wrapper's
+        "fixmatch", "method.threshold=0.145", "gradients=pareto", "gradients.every=2", "gradients.exclusive=alpha",
+    ],
+    "derprop-pareto": [
+        "derprop", "method.threshold.initial=0.145", "gradients=pareto", "gradients.warmup=1",
+        "gradients.measure_every=1",
+    ],
 }  # fmt: skip
 """Method, and settings beside those of `trace`."""
 STEPS = 3
@@ -47,8 +62,13 @@ class Deaf(distributed.ProcessGroup):
         return value
 
 
-def trace(pools: Path, folder: Path, case: str, across: Any, norm: str = "frozen") -> Trace:
-    """Global losses and the gradient of the first steps of a run on this rank's share."""
+def trace(
+    pools: Path, folder: Path, case: str, across: Any, broken_rank: int | None = None, norm: str = "frozen"
+) -> Trace:
+    """Global losses and the gradient of the first steps of a run on this rank's share.
+
+    With `broken_rank`, the strong views of that rank are NaN in the last step.
+    """
     # weight decay 0: SGD's momentum buffer after the first step is then the gradient itself
     config = tiny_run(
         pools, folder / f"{case}-{across.rank}-{across.world}", *CASES[case],
@@ -58,7 +78,7 @@ def trace(pools: Path, folder: Path, case: str, across: Any, norm: str = "frozen
     student, learner = build(config, 7)
     trainer = Trainer(
         student, learner, config.train, config.optim,
-        across=across, device=torch.device("cpu"), period=1, seed=config.seed,
+        across=across, device=torch.device("cpu"), period=1, seed=config.seed, gradients=config.gradients,
     )  # fmt: skip
     read = ("labeled", "unlabeled") if learner.uses_unlabeled else ("labeled",)
     stream = Stream(
@@ -68,14 +88,45 @@ def trace(pools: Path, folder: Path, case: str, across: Any, norm: str = "frozen
     )  # fmt: skip
     losses, gradient = [], None
     for host in stream:
+        if trainer.step == STEPS - 1:
+            before = {name: value.clone() for name, value in student.state_dict().items()}
+            if broken_rank == across.rank:
+                host.photometric_VUP[..., PARAMETERS.index("brightness")] = math.nan
         values = trainer.train_step(host)
         names = [name for name in values if name.startswith("loss/")]
         mean = across.sum(torch.stack([values[name] for name in names])) / across.world
         losses.append(dict(zip(names, mean.tolist(), strict=True)))
         if gradient is None:
             gradient = {name: value.clone() for name, value in trainer.optimizer.tensors().items()}
-    teacher = None if trainer.average is None else trainer.average.model.state_dict()
-    return {"losses": losses, "gradient": gradient, "buffers": learner.state_dict(), "teacher": teacher}
+    return {
+        "losses": losses,
+        "gradient": gradient,
+        "buffers": learner.state_dict(),
+        "weights": {name: value.clone() for name, value in student.state_dict().items()},
+        "before": before,
+        "skipped": float(trainer.skipped),
+        "measured": dict(trainer._samples.read()),
+        "teacher": None if trainer.average is None else trainer.average.model.state_dict(),
+    }
+
+
+def counterexample(number: int, across: Any) -> Trace:
+    """Two ranks whose own weights, or own mixes, would make a step that climbs (the specification's vectors)."""
+    x = torch.nn.Parameter(torch.zeros(2))
+    supervised, unsupervised = torch.tensor([[[-1.0, 1.0], [-1.0, 0.0]], [[1.0, 0.0], [-1.0, -1.0]]])[number]
+    measured: dict[int, dict[str, torch.Tensor]] = {}
+    config = GradientsConfig(name="pareto", meo=False, measure_every=1)
+    rule = GradientRule(config, {x: 1.0}, across, measured.__setitem__)
+    found: Trace = {"steps": []}
+    for step in range(2):
+        x.grad = None
+        side_s, side_u = (supervised * x).sum(), (unsupervised * x).sum()
+        if step == 1 and number == 1:
+            side_u = side_u + (0 * x).sum().abs().sqrt()  # the loss is 0, its gradient is not a number
+        rule.backward(SideLosses((side_s + side_u) / 2, side_s, side_u, {}), step)
+        assert x.grad is not None
+        found["steps"].append(x.grad.clone())
+    return found | {"alpha_u": measured[1]["gradients/weight_unsupervised"]}
 
 
 def rank(number: int, world: int, pools: Path, folder: Path) -> None:
@@ -83,10 +134,14 @@ def rank(number: int, world: int, pools: Path, folder: Path) -> None:
     torch.distributed.init_process_group("gloo", f"file://{folder / 'store'}", rank=number, world_size=world)
     across = distributed.ProcessGroup()
     traces = {case: trace(pools, folder, case, across) for case in CASES}
-    (folder / "deaf").mkdir(exist_ok=True)
+    for name, case in (("deaf", "supervised"), ("deaf-pareto", "fixmatch-pareto")):
+        (folder / name).mkdir(exist_ok=True)
+        traces[name] = trace(pools, folder / name, case, Deaf())
     (folder / "trained").mkdir(exist_ok=True)
     traces["statistics"] = trace(pools, folder / "trained", "u2pl", across, norm="train")
-    traces["deaf"] = trace(pools, folder / "deaf", "supervised", Deaf())
+    (folder / "broken").mkdir(exist_ok=True)
+    traces["broken"] = trace(pools, folder / "broken", "fixmatch-pareto", across, broken_rank=1)
+    traces["counterexample"] = counterexample(number, across)
     torch.save(traces, folder / f"rank-{number}.pt")
     distributed.leave()
 
@@ -101,8 +156,8 @@ def traces(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         process.start()
     (folder / "alone").mkdir()
     alone = {case: trace(scenes, folder / "alone", case, SingleRank()) for case in CASES}
-    alone["deaf"] = alone["supervised"]
-    alone["statistics"] = alone["u2pl"]
+    alone |= {"deaf": alone["supervised"], "deaf-pareto": alone["fixmatch-pareto"]}
+    alone |= {"broken": alone["fixmatch-pareto"], "counterexample": {}, "statistics": alone["u2pl"]}
     for process in ranks:
         process.join(240)
         assert process.exitcode == 0
@@ -118,7 +173,12 @@ def largest_difference(a: Trace, b: Trace) -> float:
     return max(differences)
 
 
-BUFFERS = {"derprop": {"threshold"}, "u2pl": {"contrast.queues.keys_TD", "contrast.queues.inserted_K"}}
+MEMORIES = ("labeled", "unlabeled")
+BUFFERS = {
+    "derprop": {"threshold"},
+    "corrmatch": {"threshold"},
+    "u2pl": {"contrast.queues.keys_TD", "contrast.queues.inserted_K"},
+}
 """What a method carries, by the first part of the case."""
 
 
@@ -129,11 +189,21 @@ def test_two_ranks_equal_one(traces, case):
     assert any(value.abs().max() > 1e-3 for value in one["gradient"].values())  # else nothing is compared
     assert largest_difference(one, first) < 1e-5
     assert largest_difference(one, second) < 1e-5
-    assert one["buffers"].keys() == first["buffers"].keys() == BUFFERS.get(case.split("-")[0], set())
+    held = {"weighting.step", *(f"weighting.{kind}.{what}" for kind in MEMORIES for what in ("keys_TD", "inserted_K"))}
+    expected = BUFFERS.get(case.split("-")[0], set()) | (held if "rank" in case else set())
+    assert one["buffers"].keys() == first["buffers"].keys() == expected
     for name, value in first["buffers"].items():
         atol = 1e-3 if value.dtype == torch.float16 else 1e-6  # in half precision the last digit may fall either way
         assert torch.allclose(one["buffers"][name], value, atol=atol)
         assert torch.equal(value, second["buffers"][name])  # a number that decides is the same on all ranks
+
+
+def test_the_memories_of_rank_weighting_are_filled(traces):
+    for memory in MEMORIES:
+        assert (traces["fixmatch-rank"][0]["buffers"][f"weighting.{memory}.inserted_K"] > 0).sum() > 1
+    weighted, plain = (traces[case][0]["losses"] for case in ("fixmatch-rank", "fixmatch"))
+    assert weighted[0]["loss/supervised"] == plain[0]["loss/supervised"]
+    assert weighted[0]["loss/consistency"] < 0.9 * plain[0]["loss/consistency"]
 
 
 def test_the_queues_of_u2pl_are_filled(traces):
@@ -165,6 +235,7 @@ def test_unsupervised_terms_take_part(traces):
         ("unimatch", "loss/strong_2"),
         ("unimatch_v2", "loss/strong_2"),
         ("corrmatch", "loss/strong"),
+        ("fixmatch-pareto", "loss/consistency"),
         ("derprop", "loss/strong"),
         ("u2pl", "loss/consistency"),
         ("u2pl", "loss/contrastive"),
@@ -172,3 +243,54 @@ def test_unsupervised_terms_take_part(traces):
         ("augseg", "loss/consistency"),
     ):
         assert all(losses[term] > 1e-4 for losses in traces[case][0]["losses"])
+
+
+def test_pareto_weights_come_from_global_gradients(traces):
+    """In each step one rank's weights equal two ranks', whose own are the same bits; uniform ones they are not."""
+    for case in ("fixmatch-pareto", "derprop-pareto"):
+        one, first, second = (trace["measured"] for trace in traces[case])
+        assert list(one) == [1, 2, 3]
+        assert first == second
+        for step, values in one.items():
+            assert values == pytest.approx(first[step], rel=1e-4, abs=1e-5), (case, step)
+        assert one[3]["gradients/weight_unsupervised"] != pytest.approx(0.5, abs=0.01)
+        assert one[3]["gradients/least_cosine"] > 0
+    assert traces["derprop-pareto"][0]["measured"][1]["gradients/weight_unsupervised"] == 0.5  # warm-up
+
+
+def test_weights_of_each_rank_are_another_method(traces):
+    """Without the sum over ranks the comparison must fail."""
+    one, first, _ = traces["deaf-pareto"]
+    assert first["measured"][1] != pytest.approx(one["measured"][1], rel=1e-2)
+
+
+def test_two_ranks_that_would_climb_by_themselves(traces):
+    """alpha_u = 1 and 0.4 on their own; 0.25 for the mean gradients (0, 0.5) and (-1, -0.5)."""
+    for rank_trace in traces["counterexample"][1:]:
+        assert rank_trace["alpha_u"].item() == pytest.approx(0.25, abs=1e-9)
+        torch.testing.assert_close(rank_trace["steps"][0], torch.tensor([-0.25, 0.25]))
+        assert rank_trace["steps"][1].isnan().all()  # of one rank's gradient alone: all ranks skip the step
+
+
+def test_a_step_that_is_broken_on_one_rank_is_skipped_on_all(traces):
+    for rank_trace in traces["broken"][1:]:
+        assert rank_trace["skipped"] == 1
+        for name, value in rank_trace["before"].items():
+            assert torch.equal(value, rank_trace["weights"][name]), name
+
+
+def test_measuring_changes_not_a_bit_under_data_parallel_training(traces):
+    for plain, measured in zip(traces["fixmatch"], traces["fixmatch-measured"], strict=True):
+        assert plain["losses"] == measured["losses"]
+        for name, value in plain["weights"].items():
+            assert torch.equal(value, measured["weights"][name]), name
+        assert len(measured["measured"]) == STEPS
+        assert plain["measured"] == {}
+
+
+def test_replicas_stay_one_under_the_pareto_rule(traces):
+    for case in ("fixmatch-pareto", "fixmatch-lagged", "derprop-pareto"):
+        one, first, second = traces[case]
+        for name, value in first["weights"].items():
+            assert torch.equal(value, second["weights"][name]), name
+            torch.testing.assert_close(value, one["weights"][name], rtol=1e-4, atol=1e-5)

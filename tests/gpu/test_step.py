@@ -24,14 +24,19 @@ pytestmark = [
 OF_METHOD = {"u2pl": ["method.warmup_periods=0"]}  # else the first step would not be like the others
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_no_line_of_a_step_waits_for_the_device(scenes: Path, tmp_path: Path, method: str) -> None:
-    settings = ["train.precision=bf16", "train.steps=20", *OF_METHOD.get(method, [])]
+@pytest.mark.parametrize(
+    ("method", "rule"),
+    [(name, "uniform") for name in METHODS]
+    + [(name, "pareto") for name, (_, method) in METHODS.items() if method.uses_unlabeled],
+)
+def test_no_line_of_a_step_waits_for_the_device(scenes: Path, tmp_path: Path, method: str, rule: str) -> None:
+    settings = ["train.precision=bf16", "train.steps=20", f"gradients={rule}", *OF_METHOD.get(method, [])]
+    settings += ["gradients.measure_every=1"] if rule == "pareto" else []
     config = tiny_run(scenes, tmp_path / "run", method, *settings)
     student, learner = build(config, 7)
     trainer = Trainer(
         student, learner, config.train, config.optim,
-        across=SingleRank(), device=torch.device("cuda", 0), period=2, seed=0,
+        across=SingleRank(), device=torch.device("cuda", 0), period=2, seed=0, gradients=config.gradients,
     )  # fmt: skip
     read = ("labeled", "unlabeled") if learner.uses_unlabeled else ("labeled",)
     pools = {name: Pool.open(scenes / name) for name in read}

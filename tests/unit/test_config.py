@@ -135,6 +135,23 @@ def test_a_method_says_whether_it_uses_the_unlabeled_pool() -> None:
     assert not uses_unlabeled(config(method={"name": "supervised"}).method, config().data)
 
 
+def test_two_gradients_need_two_sides() -> None:
+    for name in ("pareto", "fixed"):
+        text = refused(method={"name": "supervised"}, gradients={"name": name})
+        assert "gradients.name must be uniform, since all terms of method supervised are supervised" in text
+        assert f"there is no second gradient; got {name}. Set gradients=uniform, or another method." in text
+    measured = refused(method={"name": "supervised"}, gradients={"measure_every": 5})
+    assert "gradients.measure_every must be 0" in measured
+    assert "got 5" in measured
+    only_labeled = {"labeled": "p/l", "val": "p/v"}
+    text = refused(data=only_labeled, method={"name": "derprop"}, gradients={"name": "pareto"})
+    assert "a run without unlabeled images" in text
+    assert "or data.unlabeled" in text
+    text = refused(data=only_labeled, gradients={"name": "pareto"})
+    assert "gradients" not in text  # what is missing is the pool
+    assert config(gradients={"name": "pareto", "measure_every": 5}).gradients.meo
+
+
 @pytest.mark.parametrize(
     "url",
     ["s3://KEY:SECRET@bucket/runs", "s3://bucket/runs?secret_key=abc", "s3://bucket/a?region=x&access_key=abc"],

@@ -58,6 +58,8 @@ def test_null_and_an_empty_value_unset(recipe: Path) -> None:
 
 
 def test_short_forms(recipe: Path) -> None:
+    config = config_io.load(recipe, ["gradients=pareto", "gradients.max_scale=null", "gradients.weights=[1, 0.5]"])
+    assert (config.gradients.name, config.gradients.max_scale, config.gradients.weights) == ("pareto", None, (1, 0.5))
     config = config_io.load(recipe, ["weighting=none", "gradients=uniform", "ray=none"])
     assert (config.weighting.name, config.gradients.name, config.ray) == ("none", "uniform", "none")
     assert config_io.load(recipe, ["ray=none", "ray.num_workers=2"]).ray.num_workers == 2

@@ -10,7 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from raysemi.engine.folder import RunFolder
-from raysemi.engine.record import METRICS, Meter, Record
+from raysemi.engine.record import METRICS, Meter, Record, Samples
 from raysemi.methods.base import SingleRank
 
 
@@ -66,6 +66,15 @@ def test_a_meter_does_not_keep_the_graph():
     meter = Meter()
     meter.add({"loss": torch.ones((), requires_grad=True) * 2}, images=1)
     assert not meter._sum.requires_grad
+
+
+def test_samples_keep_each_step_and_leave_out_what_is_no_number():
+    samples = Samples()
+    assert list(samples.read()) == []
+    for step, cosine in ((3, 0.5), (6, float("nan"))):
+        samples.add(step, {"norm": torch.tensor(2.0 * step, requires_grad=True), "cosine": torch.tensor(cosine)})
+    assert list(samples.read()) == [(3, {"norm": 6.0, "cosine": 0.5}), (6, {"norm": 12.0})]
+    assert list(samples.read()) == []  # reading empties it
 
 
 def rows(folder):

@@ -37,6 +37,8 @@ OF_METHOD = {
     "fixmatch": ["method.threshold=0.2"],
     "derprop": ["method.threshold.initial=0.25"],
     "augseg": ["method.threshold=0.2"],
+    "unimatch": ["method.threshold=0.2"],
+    "corrmatch": ["method.threshold.initial=0.25"],
     "u2pl": [
         "method.contrast.delta_p=0.1", "method.representation.hidden=6", "method.representation.dim=8",
         "method.queue.size=90", "method.queue.first_size=110",
@@ -44,20 +46,38 @@ OF_METHOD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("method", OF_METHOD)
-def test_continued_equals_never_stopped(scenes, tmp_path, method):
+def rows(folder: Path, name: str) -> dict[int, float]:
+    table = pq.read_table(folder / "metrics.parquet").to_pylist()
+    assert len({(row["step"], row["name"]) for row in table}) == len(table)
+    return {row["step"]: row["value"] for row in table if row["name"] == name}
+
+
+@pytest.mark.parametrize(
+    ("method", "rule"),
+    [
+        *((method, []) for method in OF_METHOD),
+        ("unimatch", ["weighting=rank", "weighting.confidence=0.2", "weighting.memory=9"]),
+        ("derprop", ["gradients=pareto", "gradients.warmup=3"]),
+        ("fixmatch", ["gradients=pareto", "gradients.every=4", "gradients.exclusive=alpha"]),
+    ],
+)
+def test_continued_equals_never_stopped(scenes, tmp_path, method, rule):
     """60 steps, against 30 and 30 more: weights, averaged copy, thresholds and moments to the last bit.
 
-    It stops in the middle of a period (28 to 34), between two updates of the averaged copy. The second run also
-    evaluates and looks at pseudo-labels more often, which must not change it.
+    It stops in the middle of a period (28 to 34), between two updates of the averaged copy, and of four steps that
+    share their Pareto weights. The second run also evaluates, looks at pseudo-labels and measures gradients more often,
+    which must not change it.
     """
-    settings = ["train.steps=60", "train.period=7", *OF_METHOD[method]]
+    settings = ["train.steps=60", "train.period=7", *OF_METHOD[method], *rule]
     run(tiny_run(scenes, tmp_path / "whole", method, *settings))
     run(tiny_run(scenes, tmp_path / "parts", method, *settings, "train.stop_at=30"))
     assert newest(tmp_path / "parts").step == 30
-    looks = ["eval.every=7", "eval.pseudo_images=4", "eval.pictures=2"]
+    looks = ["eval.every=7", "eval.pseudo_images=4", "eval.pictures=2", "gradients.measure_every=3"]
     run(tiny_run(scenes, tmp_path / "parts", method, *settings, *looks))
     assert_same_bits(newest(tmp_path / "whole"), newest(tmp_path / "parts"))
+    weights = rows(tmp_path / "parts", "gradients/weight_unsupervised")
+    assert list(weights) == list(range(33, 61, 3))
+    assert (0.5 not in weights.values()) == bool(rule)
     if method == "derprop":
         assert newest(tmp_path / "parts").tensors["method"]["threshold"] != torch.tensor(0.25)
 
@@ -161,6 +181,30 @@ def test_a_checkpoint_of_another_network_is_refused_in_one_line(scenes, tmp_path
     assert "\n" not in str(caught.value)
 
 
+def test_each_measuring_step_has_a_row_of_its_own(scenes, tmp_path):
+    """Not a mean over a log line's steps; and none is lost where a run stops between two lines."""
+    settings = ["train.steps=12", "train.log_every=5", "train.checkpoint_every=5", "method.threshold=0.145"]
+    settings += ["gradients=pareto", "gradients.measure_every=2"]
+    run(tiny_run(scenes, tmp_path / "run", "fixmatch", *settings, "train.stop_at=8"))
+    run(tiny_run(scenes, tmp_path / "run", "fixmatch", *settings))
+    for name in ("norm_supervised", "norm_unsupervised", "cosine", "scale", "least_cosine"):
+        assert list(rows(tmp_path / "run", f"gradients/{name}")) == [2, 4, 6, 8, 10, 12]
+    assert all(value > -1e-6 for value in rows(tmp_path / "run", "gradients/least_cosine").values())
+    assert rows(tmp_path / "run", "gradients/capped").keys() == {5, 10, 12}  # shares of a log line's steps
+
+
+def test_weight_decay_is_no_part_of_the_weights_and_clipping_is_of_the_step(scenes, tmp_path):
+    found = []
+    for decay in ("0", "0.1"):
+        settings = ["train.steps=1", "method.threshold=0.145", "gradients=pareto", "gradients.measure_every=1"]
+        settings += [f"optim.weight_decay={decay}", "train.max_grad_norm=0.01"]
+        run(tiny_run(scenes, tmp_path / decay, "fixmatch", *settings))
+        found.append(rows(tmp_path / decay, "gradients/weight_unsupervised")[1])
+    assert found[0] == found[1] != 0.5
+    moments = newest(tmp_path / "0").tensors["optimizer"].values()  # after one step: the gradient that it took
+    assert torch.stack([value.norm() for value in moments]).norm() == pytest.approx(0.01, rel=1e-4)
+
+
 @pytest.mark.parametrize("masks", [0, 15])
 def test_measuring_needs_masks_that_were_kept(scenes, tmp_path, masks):
     """Told before any worker starts; a pool of 16 with 15 masks does not do either."""
@@ -215,9 +259,11 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(scenes, tmp_path, monkeypatch
     assert run(config)["steps"] == 6
 
 
-def test_a_step_that_is_not_finite_is_skipped_whole(scenes, tmp_path, monkeypatch):
+@pytest.mark.parametrize("rule", ["uniform", "pareto"])
+def test_a_step_that_is_not_finite_is_skipped_whole(scenes, tmp_path, monkeypatch, rule):
     """A NaN in one image's pixels: weights, moments, averaged copy and running statistics stay as they were."""
-    config = tiny_run(scenes, tmp_path / "run", "derprop", "train.steps=3", "train.period=3", "train.log_every=3")
+    settings = ["train.steps=3", "train.period=3", "train.log_every=3", f"gradients={rule}"]
+    config = tiny_run(scenes, tmp_path / "run", "derprop", *settings)
     before: dict[str, torch.Tensor] = {}
     real = worker.Trainer.train_step
 

@@ -61,7 +61,10 @@ class RunMaker:
             "train": {"steps": steps, "batch": {"labeled": 4, "unlabeled": 4}, "precision": "auto"},
         }
         (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-        curves = self.curves(method, steps, rng)
+        curves = self.curves(method, steps, rng) | self.gradients(steps, rng, parts.get("rule"))
+        if "rule" in parts:
+            settings["gradients"] = {"name": parts["rule"], "measure_every": 1}
+            (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
         if parts.get("metrics", True):
             rows = [(s, n, v) for n, (at, values) in curves.items() for s, v in zip(at, values, strict=True)]
             columns = [list(column) for column in zip(*rows, strict=True)]
@@ -121,6 +124,25 @@ class RunMaker:
         if method == "derprop":
             curves["loss/derivative"] = (log, saturating(log, 0.6, 0.08, 150, rng, 0.01))
             curves["method/alpha"] = (log, np.clip(log / 300, 0, 1))
+        return curves
+
+    @staticmethod
+    def gradients(steps, rng, rule):
+        """Of a run that measured them; `uniform` knows no guards."""
+        if rule is None:
+            return {}
+        at, low = np.arange(1, steps + 1), 0.0 if rule == "pareto" else -0.6
+        values = {
+            "norm_supervised": rng.lognormal(0.5, 0.4, steps),
+            "norm_unsupervised": np.where(at < 9, 0.0, rng.lognormal(-1.5, 0.6, steps)),
+            "cosine": np.clip(rng.normal(0.1, 0.3, steps), -1, 1),
+            "least_cosine": rng.uniform(low, 1, steps),
+            "weight_unsupervised": rng.uniform(0.5, 1, steps) if rule == "pareto" else np.full(steps, 0.5),
+            "scale": rng.uniform(1, 10, steps) if rule == "pareto" else np.ones(steps),
+        }
+        curves = {f"gradients/{name}": (at, value) for name, value in values.items()}
+        if rule == "pareto":
+            curves["gradients/fallback"] = curves["gradients/capped"] = (at[9::10], np.full(len(at[9::10]), 0.1))
         return curves
 
     @staticmethod

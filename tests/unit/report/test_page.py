@@ -83,6 +83,23 @@ def test_what_a_run_did_not_write_is_left_out(make_run, tmp_path):
     assert "losses" in sections(page)
 
 
+def test_measured_gradients_have_curves_and_distributions(make_run, tmp_path):
+    """The distributions are over single steps of all seeds; a norm of 0 has no place on a logarithmic axis."""
+    runs = [make_run("a", rule="pareto", pictures=False), make_run("b", seed=1, rule="pareto", pictures=False)]
+    runs.append(make_run("u", rule="uniform", pictures=False))
+    page = build_report(runs, tmp_path / "r.html").read_text()
+    assert "gradients" in sections(page)
+    part = page[page.index('<section id="gradients">') :]
+    part = part[: part.index("</section>")]
+    captions = re.findall(r"<figcaption>([^<]*)(?: <span>([^<]*)</span>)?</figcaption>", part)
+    assert [title for title, note in captions if note == "distribution"] == [
+        *("Norm of both gradients", "Cosine of the two gradients", "Least cosine of the step")
+    ]
+    assert len(captions) == 10
+    assert "derprop gradients=pareto" in page
+    assert "derprop gradients=uniform" in page
+
+
 def test_runs_that_differ_in_seed_alone_are_one_row(make_run, tmp_path):
     runs = [make_run(f"d{seed}", "derprop", seed, pictures=False) for seed in (2, 0, 1)]
     for folder, miou in zip(runs, (40.0, 43.0, 46.0), strict=True):
