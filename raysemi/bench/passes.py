@@ -1,9 +1,9 @@
 """The network passes of a train step: recorded in a real step, and run again with a trivial loss, which is its floor.
 
 A pass is one call of the encoder, the decoder or an extra head: so many images, so large, in train or eval mode, with
-so many backward passes through it. The floor makes the same calls with the same networks, lets the mean of their outputs
-run backward as often as the step did, and does the same optimizer step and teacher update. What a step costs above it
-are views, targets, losses, mixing and whatever else the method computes.
+so many backward passes through it. The floor makes the same calls with the same networks, lets a gradient that is
+already there (that of the outputs' means) run backward as often as the step did, and does the same optimizer step and
+teacher update. What a step costs above it are views, targets, losses, mixing and whatever else the method computes.
 
 Axes: B images, H x W pixels, h x w cells.
 """
@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raysemi.data.types import HostBatch
 from raysemi.engine.compiled import as_written
 from raysemi.engine.trainer import Trainer
 from raysemi.models.encoders import Features
@@ -122,11 +121,16 @@ def networks(trainer: Trainer) -> dict[str, Segmentor]:
     return {"student": trainer.student, **teacher}
 
 
-def record(trainer: Trainer, host: HostBatch) -> list[Pass]:
-    """Takes one train step and says which passes it made, in their order."""
+def record(trainer: Trainer, work: Callable[[], object]) -> list[Pass]:
+    """The passes of the trainer's networks that some work makes, in their order.
+
+    Args:
+        trainer: whose networks are listened to.
+        work: such as a train step.
+    """
     recorder = _Recorder()
     with as_written(), recorder.listening(networks(trainer)):
-        trainer.train_step(host)
+        work()
     return [
         replace(call, backwards=tuple(counts)) for call, counts in zip(recorder.calls, recorder.counts, strict=True)
     ]
@@ -145,14 +149,15 @@ class Floor:
         made = functools.partial(_mapped, of=lambda like: like.make(trainer.device), kind=Like)
         self._work = [(one, made(one.inputs)) for one in passes]
         self._num_backwards = max((one.num_backwards for one in passes), default=0)
+        self._gradients: list[Tensor] = []
         self._finite = torch.ones((), dtype=torch.bool, device=trainer.device)
 
     def __call__(self) -> None:
-        """One floor step: passes, backward passes of their mean, optimizer, averaged copy."""
+        """One floor step: passes, backward passes, optimizer, averaged copy."""
         trainer = self._trainer
         named = networks(trainer)
         modes = {name: network.training for name, network in named.items()}
-        outputs: list[tuple[Tensor, int]] = []
+        outputs: list[Tensor] = []
         mixed = trainer.precision != torch.float32
         with torch.autocast(trainer.device.type, trainer.precision, enabled=mixed):
             for one, inputs in self._work:
@@ -160,11 +165,18 @@ class Floor:
                 if one.module(network).training != one.training:
                     network.train(one.training)
                 with torch.set_grad_enabled(one.num_backwards > 0):
-                    outputs += zip(one.run(network, inputs), one.backwards, strict=True)
+                    outputs += one.run(network, inputs)
+        # made once, in the outputs' layout: mean() itself would send back a gradient without one, which slows kernels
+        self._gradients = self._gradients or [torch.full_like(output, 1.0 / output.numel()) for output in outputs]
+        counts = [count for one, _ in self._work for count in one.backwards]
         for number in range(self._num_backwards):
-            means = [output.mean(dtype=torch.float32) for output, backwards in outputs if backwards > number]
-            torch.stack(means).sum().backward(retain_graph=number + 1 < self._num_backwards)
-        del outputs, means
+            taken = [place for place, count in enumerate(counts) if count > number]
+            torch.autograd.backward(
+                [outputs[place] for place in taken],
+                [self._gradients[place] for place in taken],
+                retain_graph=number + 1 < self._num_backwards,
+            )
+        del outputs
         for _, inputs in self._work:
             for tensor in _leaves(inputs):
                 if isinstance(tensor, Tensor):

@@ -7,6 +7,7 @@ terms are on.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import resource
 import statistics
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -106,6 +107,8 @@ class StepResult:
     ratio: float
     """Median over pairs of step / floor."""
     ratio_quartiles: tuple[float, float]
+    cpu_ratio: float
+    """The same of this process's CPU time, all threads together: what counts of a CPU that others keep busy too."""
     goal: float | None
     """Of `GOALS`."""
     peak_bytes: int
@@ -120,8 +123,32 @@ class StepResult:
         """Fields by name."""
         return asdict(self)
 
+    def passes_table(self) -> tuple[list[str], list[list[str]]]:
+        """Columns and rows: what the floor runs."""
+        columns = ["network", "part", "images", "of them perturbed", "shape of each", "mode", "backward passes"]
+        rows = []
+        for one in self.passes:
+            sizes = ", ".join(" x ".join(str(side) for side in shape[1:]) for shape in one["shapes"])
+            images, perturbed = str(one["images"]), str(one["perturbed"] or "")
+            rows.append([one["network"], one["part"], images, perturbed, sizes, one["mode"], str(one["backwards"])])
+        return columns, rows
 
-def bench_step(settings: StepSettings, pairs: int = 15, progress: Callable[[int, int], None] | None = None) -> StepResult:
+    def summary(self) -> str:
+        """The numbers in two lines."""
+        low, high = self.ratio_quartiles
+        goal = "" if self.goal is None else f", goal {self.goal:.2f}"
+        return (
+            f"step {self.step_s:.4f} s, floor {self.floor_s:.4f} s, ratio {self.ratio:.3f} (half of the {self.pairs} "
+            f"pairs: {low:.3f} to {high:.3f}{goal}), of CPU time {self.cpu_ratio:.3f}\n"
+            f"peak memory of step {self.peak_bytes / 2**20:.0f} MiB, of floor {self.peak_floor_bytes / 2**20:.0f} MiB; "
+            f"{self.device}, {self.threads} threads, {self.precision}{', compiled' if self.compile else ''}, "
+            f"torch {self.torch}"
+        )
+
+
+def measure_step(
+    settings: StepSettings, pairs: int = 15, progress: Callable[[int, int], None] | None = None
+) -> StepResult:
     """Measures a method's step and its floor.
 
     Args:
@@ -132,23 +159,24 @@ def bench_step(settings: StepSettings, pairs: int = 15, progress: Callable[[int,
     Raises:
         ConfigError: settings that make no run.
     """
-    bench = _Bench(settings)
-    passes = record(bench.trainer, bench.hosts[0])
+    bench = StepBench(settings)
+    passes = record(bench.trainer, lambda: bench.step(0))
     floor = Floor(bench.trainer, passes)
     for number in range(_WARM_UP):
         bench.step(number)
         floor()
-    times: list[tuple[float, float]] = []
+    times: list[tuple[Seconds, Seconds]] = []
     for number in range(pairs):
+        step = functools.partial(bench.step, number)
         if number % 2:  # who comes second finds caches as the first has left them
-            floor_s, step_s = bench.seconds(floor), bench.seconds(lambda: bench.step(number))
+            of_floor, of_step = bench.seconds(floor), bench.seconds(step)
         else:
-            step_s, floor_s = bench.seconds(lambda: bench.step(number)), bench.seconds(floor)
-        times.append((step_s, floor_s))
+            of_step, of_floor = bench.seconds(step), bench.seconds(floor)
+        times.append((of_step, of_floor))
         if progress is not None:
             progress(number + 1, pairs)
-    ratios = sorted(step_s / floor_s for step_s, floor_s in times)
-    quartiles = statistics.quantiles(ratios, n=4, method="inclusive") if pairs > 1 else [ratios[0]] * 3
+    ratios = [of_step.wall / of_floor.wall for of_step, of_floor in times]
+    quartiles = statistics.quantiles(ratios, n=4, method="inclusive") if pairs > 1 else ratios * 3
     return StepResult(
         method=settings.method,
         backbone=settings.encoder,
@@ -160,10 +188,11 @@ def bench_step(settings: StepSettings, pairs: int = 15, progress: Callable[[int,
         precision=str(bench.trainer.precision).removeprefix("torch."),
         compile=settings.compile,
         pairs=pairs,
-        step_s=statistics.median(step_s for step_s, _ in times),
-        floor_s=statistics.median(floor_s for _, floor_s in times),
+        step_s=statistics.median(of_step.wall for of_step, _ in times),
+        floor_s=statistics.median(of_floor.wall for _, of_floor in times),
         ratio=quartiles[1],
         ratio_quartiles=(quartiles[0], quartiles[2]),
+        cpu_ratio=statistics.median(of_step.cpu / of_floor.cpu for of_step, of_floor in times),
         goal=GOALS.get(settings.method),
         peak_bytes=_in_a_fresh_process(settings, None),
         peak_floor_bytes=_in_a_fresh_process(settings, passes),
@@ -171,7 +200,15 @@ def bench_step(settings: StepSettings, pairs: int = 15, progress: Callable[[int,
     )
 
 
-class _Bench:
+class Seconds(NamedTuple):
+    """Of some work."""
+
+    wall: float
+    cpu: float
+    """Of this process, all threads together."""
+
+
+class StepBench:
     """A trainer on this machine's device in the middle of a run, and its batches."""
 
     def __init__(self, settings: StepSettings) -> None:
@@ -203,13 +240,13 @@ class _Bench:
         if self.device.type in ("cuda", "mps"):
             getattr(torch, self.device.type).synchronize()
 
-    def seconds(self, work: Callable[[], None]) -> float:
+    def seconds(self, work: Callable[[], None]) -> Seconds:
         """How long some work takes, the device's part of it included."""
         self.wait()
-        start = time.perf_counter()
+        wall, cpu = time.perf_counter(), time.process_time()
         work()
         self.wait()
-        return time.perf_counter() - start
+        return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def _drawn_batches(config: RunConfig, strong_views: int, second_view: bool, pinned: bool) -> list[HostBatch]:
@@ -240,7 +277,7 @@ def peak_bytes(settings: StepSettings, passes: list[Pass] | None) -> int:
         passes: of the floor; None: whole steps.
     """
     before = _resident_bytes()
-    bench = _Bench(settings)
+    bench = StepBench(settings)
     floor = None if passes is None else Floor(bench.trainer, passes)
     for number in range(_WARM_UP + 1):
         if floor is None:

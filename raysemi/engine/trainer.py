@@ -59,7 +59,7 @@ class TrainConfig(Config):
     compile: bool = False
     """True: encoder, decoder and heads run as torch.compile makes them: minutes at the first step, faster ones after
     it, results that differ in rounding. Evaluation, whose images have many sizes, stays as it is. The environment
-    variable RAYSEMI_COMPILE_BACKEND names another backend than inductor (aot_eager: the same numbers, no compiler)."""
+    variable RAYSEMI_COMPILE_BACKEND names another backend than inductor (eager: the same bits, and no compiler)."""
     max_grad_norm: float = Field(0.0, ge=0.0)
     """Largest norm of the gradient; 0 = no clipping, as in the papers."""
     log_every: int = Field(20, ge=1)

@@ -20,6 +20,7 @@ from raysemi.methods.base import SingleRank
 CASES = {
     "supervised": ["supervised"],
     "fixmatch": ["fixmatch", "method.threshold=0.145"],
+    "fixmatch-compiled": ["fixmatch", "method.threshold=0.145", "train.compile=true"],
     "derprop": ["derprop", "method.threshold.initial=0.145"],
     "derprop-momentum": [
         "derprop", "method.threshold.initial=0.145", "method.labeler=momentum", "method.fp.weight=0",
@@ -125,6 +126,7 @@ def test_the_comparison_fails_without_the_sum_over_ranks(traces):
 def test_unsupervised_terms_take_part(traces):
     for case, term in (
         ("fixmatch", "loss/consistency"),
+        ("fixmatch-compiled", "loss/consistency"),
         ("derprop", "loss/strong"),
         ("derprop-momentum", "loss/strong"),
     ):
