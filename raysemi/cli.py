@@ -66,6 +66,13 @@ app = typer.Typer(
     help="Semantic segmentation from few labels and a large unlabeled pool.",
 )
 
+bench = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Measure speed against the least work that could do the same.",
+)
+app.add_typer(bench, name="bench")
+
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings a.b=value in place of the recipe's.")]
 Settings = Annotated[list[str] | None, typer.Argument(help="eval.*=value in place of the run's own.")]
 Run = Annotated[str, typer.Argument(help="Run folder, local or URL.")]
@@ -288,6 +295,54 @@ def report(
 
     own = len(runs) == 1 and "://" not in runs[0]
     typer.echo(build_report(runs, out or (Path(runs[0]) if own else Path()) / "report.html"))
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="A method, to see all of its settings.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the methods, or all settings of one with default, meaning and search range."""
+    from raysemi import catalogue
+
+    if as_json:
+        shown = [catalogue.describe(each) for each in catalogue.names()] if name is None else catalogue.describe(name)
+        typer.echo(json.dumps(shown))
+    elif name is None:
+        print_table(*catalogue.table())
+    else:
+        typer.echo("\n".join(catalogue.summary(name)))
+        print_table(*catalogue.settings_table(name))
+
+
+@bench.command("step")
+def bench_step(
+    method: Annotated[str, typer.Option(help="As in `raysemi methods`.")],
+    backbone: Annotated[str, typer.Option(help="model.encoder; its weights are random.")],
+    crop: Annotated[int, typer.Option(min=1, help="Side of the images, pixels.")],
+    batch: Annotated[int, typer.Option(min=1, help="Labeled images a step, and as many unlabeled ones.")],
+    *,
+    precision: Annotated[str, typer.Option(help="train.precision: auto, fp32 or bf16.")] = "auto",
+    compiled: Annotated[bool, typer.Option("--compile", help="train.compile.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch; default: its own.")] = None,
+    pairs: Annotated[int, typer.Option(min=1, help="Times that step and floor take turns.")] = 15,
+    override: Annotated[list[str] | None, typer.Option(help="A setting a.b=value of the run; may be repeated.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time a whole train step against its floor: the network passes that the method needs, and the optimizer.
+
+    The batch is drawn, so no pool is needed. Peak memory is that of a process of its own for each of the two.
+    """
+    from raysemi.bench.step import StepSettings, measure_step
+
+    settings = StepSettings(method, backbone, crop, batch, precision, compiled, threads, tuple(override or []))
+    with Bar("pairs") as bar:
+        result = measure_step(settings, pairs, bar)
+    if as_json:
+        typer.echo(json.dumps(result.as_json()))
+    else:
+        print_table(*result.passes_table())
+        typer.echo(result.summary())
 
 
 @app.command()

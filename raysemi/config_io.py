@@ -20,17 +20,17 @@ _POOLS = ("labeled", "unlabeled", "val")
 """What `data.pools: DIR` stands for: DIR/labeled, DIR/unlabeled, DIR/val, as `raysemi pack --out DIR` writes them."""
 
 
-def load(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load(recipe: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a recipe and applies overrides.
 
     Args:
-        recipe: path of a YAML file, or the name of a recipe that comes with raysemi.
+        recipe: path of a YAML file, or the name of a recipe that comes with raysemi; None: the overrides are all.
         overrides: `a.b=value` each, the value as YAML; a later one wins.
 
     Raises:
         ConfigError: with every fault that was found.
     """
-    tree = _mapping(_recipe_text(str(recipe)), str(recipe))
+    tree = {} if recipe is None else _mapping(_recipe_text(str(recipe)), str(recipe))
     faults = [fault for text in overrides for fault in _override(tree, text)]
     return _validate(tree, faults)
 

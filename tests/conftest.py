@@ -13,6 +13,7 @@ from raysemi.data.pack import pack
 from raysemi.data.sources.scenes import Scenes
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAYSEMI_COMPILE_BACKEND", "aot_eager")  # train.compile without minutes of a C++ compiler
 # Ignored in a script's background job, for its children too: tests of Ctrl-C want a terminal's default.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tests run beside each other on few cores; more threads only wait for one another

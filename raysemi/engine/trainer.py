@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,7 @@ from raysemi.base import Config, choices
 from raysemi.data.types import HostBatch
 from raysemi.data.views import on_device
 from raysemi.engine.checkpoint import Snapshot
+from raysemi.engine.compiled import as_written, compile_parts
 from raysemi.engine.gradients import GradientRule, GradientsConfig
 from raysemi.engine.optim import OptimConfig, Optimizer
 from raysemi.engine.record import Meter, Samples
@@ -55,6 +57,10 @@ class TrainConfig(Config):
     """auto: ddp on several ranks, single on one."""
     channels_last: bool = True
     """Memory layout of images and weights; faster for convolutions on CPUs and recent GPUs."""
+    compile: bool = False
+    """True: encoder, decoder and heads run as torch.compile makes them: minutes at the first step, faster ones after
+    it, results that differ in rounding. Evaluation, whose images have many sizes, stays as it is. The environment
+    variable RAYSEMI_COMPILE_BACKEND names another backend than inductor (eager: the same bits, and no compiler)."""
     max_grad_norm: float = Field(0.0, ge=0.0)
     """Largest norm of the gradient; 0 = no clipping, as in the papers."""
     log_every: int = Field(20, ge=1)
@@ -135,6 +141,9 @@ class Trainer:
         self.method = method.to(device)
         average = method.average
         self.average = AveragedCopy(self.student, average, period) if average.kind != "none" else None
+        if config.compile:
+            for network in (self.student, *([] if self.average is None else [self.average.model])):
+                compile_parts(network)
         module = StepModule(self.student, self.method, config.rampup * config.steps).train()
         self.optimizer = Optimizer(self.student, optim, config.steps)
         self._parameters = list(self.optimizer.names)
@@ -233,7 +242,8 @@ class Trainer:
             stopped = hooks.should_stop()
             best = False
             if self.step % eval_every == 0 or self.step == config.steps:
-                best = hooks.evaluate(self.step)
+                with as_written() if config.compile else nullcontext():
+                    best = hooks.evaluate(self.step)
                 self._meter.restart_clock()
             if self.step % save_every == 0 or best or stopped:
                 self._hand_out_samples(hooks)

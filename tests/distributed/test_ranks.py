@@ -28,6 +28,7 @@ CASES = {
     "unimatch": ["unimatch", "method.threshold=0.145"],
     "unimatch_v2": ["unimatch_v2", "method.threshold=0.145"],
     "corrmatch": ["corrmatch", "method.threshold.initial=0.145"],
+    "fixmatch-compiled": ["fixmatch", "method.threshold=0.145", "train.compile=true"],
     "derprop": ["derprop", "method.threshold.initial=0.145"],
     "derprop-momentum": [
         "derprop", "method.threshold.initial=0.145", "method.labeler=momentum", "method.fp.weight=0",
@@ -39,7 +40,9 @@ CASES = {
     ],
     "augseg": ["augseg", "method.threshold=0.145", "method.group=2"],
     "fixmatch-rank": ["fixmatch", "method.threshold=0.145", *RANK],
-    "unimatch-rank-pareto": ["unimatch", "method.threshold=0.145", *RANK, "weighting.preset=released", "gradients=pareto"],
+    "unimatch-rank-pareto": [
+        "unimatch", "method.threshold=0.145", *RANK, "weighting.preset=released", "gradients=pareto",
+    ],
     "fixmatch-measured": ["fixmatch", "method.threshold=0.145", "gradients.measure_every=1"],
     "fixmatch-pareto": ["fixmatch", "method.threshold=0.145", "gradients=pareto", "gradients.measure_every=1"],
     "fixmatch-lagged": [  # by turns two backwards of our own and one of the wrapper's
@@ -236,6 +239,7 @@ def test_unsupervised_terms_take_part(traces):
         ("unimatch_v2", "loss/strong_2"),
         ("corrmatch", "loss/strong"),
         ("fixmatch-pareto", "loss/consistency"),
+        ("fixmatch-compiled", "loss/consistency"),
         ("derprop", "loss/strong"),
         ("u2pl", "loss/consistency"),
         ("u2pl", "loss/contrastive"),

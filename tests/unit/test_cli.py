@@ -70,6 +70,8 @@ def test_help_loads_nothing_heavy() -> None:
         "doctor",
         "demo",
         "weights",
+        "methods",
+        "bench",
     ):
         assert f" {command} " in done.stdout
 

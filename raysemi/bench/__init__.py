@@ -1,0 +1,1 @@
+"""What `raysemi bench` measures: the work that raysemi does against the least work that could do the same."""
