@@ -253,6 +253,30 @@ def predict(
 
 
 @app.command()
+def weights(
+    name: Annotated[str, typer.Argument(help="Encoder, as in model.encoder.")],
+    *,
+    out: Annotated[Path, typer.Option(help="File to write, .safetensors.")],
+    stem: Annotated[str, typer.Option(help="Of resnet50 and resnet101, as in model.stem.")] = "deep",
+) -> None:
+    """Download the published first weights of an encoder into a file, for machines without a connection.
+
+    There: model.encoder=NAME model.weights=FILE. Names: resnet50, resnet101 (deep stem: gluon's; plain:
+    torchvision's), xception65, vit_{small,base,large}_patch14_dinov2, or any encoder that timm has weights for.
+    """
+    from raysemi.models.encoders import build_encoder
+    from raysemi.models.weights import download, save_tensors
+
+    if stem not in ("deep", "plain"):
+        raise ConfigError(f"--stem must be deep or plain; got {stem}. Leave it out for the papers' networks.")
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"--out must end in .safetensors; got {out}. Choose another name.")
+    encoder = build_encoder(name, "plain" if stem == "plain" else "deep", output_stride=16)
+    save_tensors(download(encoder, name), out)
+    typer.echo(f"{encoder.published_as}: {out}")
+
+
+@app.command()
 def report(
     runs: Annotated[list[str], typer.Argument(help="Run folders, local or URLs; seeds of one run become one row.")],
     out: Annotated[

@@ -19,7 +19,7 @@ from raysemi.engine.optim import OptimConfig
 from raysemi.engine.trainer import TrainConfig
 from raysemi.errors import ConfigError
 from raysemi.methods import METHODS
-from raysemi.methods.base import group_size
+from raysemi.models.encoders import PATCH
 from raysemi.models.segmentor import ModelConfig
 
 
@@ -143,6 +143,22 @@ def _learner(method: Any) -> Any:
     return METHODS[method.name][1]
 
 
+def _crop_holds_whole_patches(data: DataConfig, model: ModelConfig) -> Iterator[str]:
+    if model.name == "dpt" and data.crop % PATCH:
+        yield (
+            f"data.crop must be a multiple of {PATCH}, the patches of {model.encoder}; got {data.crop}. "
+            f"Set it to {_next_multiple(data.crop, PATCH)} (UniMatch V2: 518, Cityscapes 798)."
+        )
+
+
+def _window_holds_whole_patches(eval: EvalConfig, model: ModelConfig) -> Iterator[str]:
+    if model.name == "dpt" and eval.window is not None and eval.window % PATCH:
+        yield (
+            f"eval.window must be a multiple of {PATCH}, the patches of {model.encoder}; got {eval.window}. "
+            f"Set it to {_next_multiple(eval.window, PATCH)} (UniMatch V2 on Cityscapes: 798)."
+        )
+
+
 def _stop_within_steps(train: TrainConfig) -> Iterator[str]:
     if train.stop_at is not None and train.stop_at > train.steps:
         yield (
@@ -185,31 +201,40 @@ def _shares(
             f"Set it to {_next_multiple(labeled, world)}, or use another number of ranks."
         )
     one_norm = gpu and world > 1  # SyncBatchNorm: only several GPUs have it
+    normalises = model.batch_norm == "train" and model.name != "dpt"  # which has no BatchNorm
     # a method may begin with the labeled images alone
     joined = uses_unlabeled(method, data) and not getattr(method, "warmup_periods", 0)
-    if labeled == world and model.batch_norm == "train" and not (joined or one_norm):
+    if labeled == world and normalises and not (joined or one_norm):
         yield (
             "train.batch.labeled must give each rank at least 2 images, since BatchNorm cannot normalise the decoder's "
             f"pooled branch over one value; got 1. Set it to {2 * world}, use fewer ranks or "
             "set model.batch_norm=frozen."
         )
+    # CutMix partners are neighbouring slots and stay on one rank: an odd share would tear a pair apart.
     if not uses_unlabeled(method, data):
         return
-    # CutMix partners stay on one rank: those of a group, or two neighbouring slots, must not be torn apart.
     if hasattr(method, "group"):
-        group = group_size(method.group, unlabeled)
-        if unlabeled % (group * world):
-            yield (
-                f"method.group must divide each rank's share of train.batch.unlabeled, {unlabeled} on {world} ranks, "
-                f"since images of one group are mixed; got {group}. Set it to a divisor of the share, set "
-                f"train.batch.unlabeled to {_next_multiple(unlabeled, group * world)}, or use another number of ranks."
-            )
+        yield from _groups(method.group, unlabeled, world)
     elif unlabeled % (2 * world):
         yield (
             f"train.batch.unlabeled must be divisible by twice the number of ranks, 2 x {world}, since neighbouring "
             f"images are mixed in pairs; got {unlabeled}. Set it to {_next_multiple(unlabeled, 2 * world)}, or use "
             "another number of ranks."
         )
+
+
+def _groups(group: int | None, unlabeled: int, world: int) -> Iterator[str]:
+    size = group or max(2, min(unlabeled, 4))  # null in the methods
+    if unlabeled % (size * world) == 0:
+        return
+    share = unlabeled // world
+    fitting = [s for s in range(2, min(share, size) + 1) if unlabeled % (s * world) == 0]
+    other = f"method.group={fitting[-1]} or " if fitting else ""
+    yield (
+        f"method.group must divide the unlabeled images of each rank, since images are mixed within groups; got {size}"
+        f"{'' if group else ' (the default)'} for train.batch.unlabeled={unlabeled} on {world} rank"
+        f"{'s' if world > 1 else ''}. Set {other}train.batch.unlabeled={_next_multiple(unlabeled, size * world)}."
+    )
 
 
 def _next_multiple(value: int, of: int) -> int:
@@ -230,4 +255,7 @@ def _secrets(path: str, value: Any) -> Iterator[str]:
         )
 
 
-_RULES = (_stop_within_steps, _pools_are_named, _ranks_fit)
+_RULES = (
+    *(_stop_within_steps, _pools_are_named, _ranks_fit),
+    *(_crop_holds_whole_patches, _window_holds_whole_patches),
+)

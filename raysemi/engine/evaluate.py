@@ -41,9 +41,9 @@ class EvalConfig(Config):
     """Side of the window, in pixels; needed by center_crop and sliding_window (801 for Cityscapes in UniMatch)."""
     stride: int | None = Field(None, ge=1)
     """Pixels between two windows; null: two thirds of the window, rounded down."""
-    shifted: bool = False
+    shifted: bool | None = None
     """sliding_window: the last window of a row or column is shifted back into the image instead of cut off at its
-    edge; then all windows have one size."""
+    edge; then all windows have one size. null: for transformers alone, as UniMatch V2 does and UniMatch does not."""
     batch: int = Field(4, ge=1)
     """Images, or windows, in one pass."""
     every: int = Field(1000, ge=1)
@@ -162,7 +162,8 @@ def _sliding(network: Segmentor, images_B3HW: Tensor, config: EvalConfig) -> tup
     batch, _, height, width = images_B3HW.shape
     stride = config.stride or 2 * config.window // 3
     of_size: dict[tuple[int, int], list[tuple[int, Window]]] = defaultdict(list)
-    for part in windows(height, width, config.window, stride, config.shifted):
+    shifted = network.encoder.multiple > 1 if config.shifted is None else config.shifted
+    for part in windows(height, width, config.window, stride, shifted):
         of_size[part.bottom - part.top, part.right - part.left] += [(image, part) for image in range(batch)]
     sum_BKHW = images_B3HW.new_zeros((batch, network.num_classes, height, width), dtype=torch.float32)
     count_HW = images_B3HW.new_zeros((height, width), dtype=torch.float32)

@@ -1,18 +1,28 @@
-"""The DeepLabV3+ decoder.
+"""The DeepLabV3+ decoder, as UniMatch has it and in the wider form of U2PL and AEL.
 
-Source: Chen et al. 2018, arXiv:1802.02611, as in the code of UniMatch: plain (not separable) convolutions, no dropout,
-`align_corners` everywhere. Axes: B images, K classes, D channels, h x w cells.
+Source: Chen et al. 2018, arXiv:1802.02611, with plain (not separable) convolutions and `align_corners` everywhere.
+Axes: B images, K classes, D channels, h x w cells.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from raysemi.errors import ConfigError
+
+Keep = Callable[[str, int], Tensor]
+"""Name of a dropout, channels there -> factors [B, channels]: 0 where dropped, 1 / (1 - drop) elsewhere."""
+
+
+def dropout(x_BDhw: Tensor, keep: Keep | None, name: str) -> Tensor:
+    """The map with dropped channels, by the caller's factors: no generator of the device is read. None keeps all."""
+    if keep is None:
+        return x_BDhw
+    return x_BDhw * keep(name, x_BDhw.shape[1])[:, :, None, None].to(x_BDhw.dtype)
 
 
 def resize(x_BDhw: Tensor, size: Sequence[int]) -> Tensor:
@@ -22,11 +32,11 @@ def resize(x_BDhw: Tensor, size: Sequence[int]) -> Tensor:
     return functional.interpolate(x_BDhw, size=tuple(size), mode="bilinear", align_corners=True)
 
 
-def _conv(channels: int, out_channels: int, kernel: int, dilation: int = 1) -> nn.Sequential:
-    """Convolution without bias at stride 1, BatchNorm, ReLU."""
+def convolution(channels: int, out_channels: int, kernel: int, dilation: int = 1, bias: bool = False) -> nn.Sequential:
+    """Convolution at stride 1, BatchNorm, ReLU."""
     padding = dilation * (kernel // 2)
     return nn.Sequential(
-        nn.Conv2d(channels, out_channels, kernel, padding=padding, dilation=dilation, bias=False),
+        nn.Conv2d(channels, out_channels, kernel, padding=padding, dilation=dilation, bias=bias),
         nn.BatchNorm2d(out_channels),
         nn.ReLU(inplace=True),
     )
@@ -39,15 +49,16 @@ class AtrousPyramid(nn.Module):
         in_channels: channels of the high map.
         channels: channels of each branch and of the result.
         rates: dilations of the three 3x3 branches, in cells.
+        kernel: side of the projection.
     """
 
-    def __init__(self, in_channels: int, channels: int, rates: Sequence[int]) -> None:
+    def __init__(self, in_channels: int, channels: int, rates: Sequence[int], kernel: int = 1) -> None:
         super().__init__()
         self.branches = nn.ModuleList(
-            [_conv(in_channels, channels, 1), *(_conv(in_channels, channels, 3, rate) for rate in rates)]
+            [convolution(in_channels, channels, 1), *(convolution(in_channels, channels, 3, rate) for rate in rates)]
         )
-        self.pooled = _conv(in_channels, channels, 1)
-        self.project = _conv(channels * (len(rates) + 2), channels, 1)
+        self.pooled = convolution(in_channels, channels, 1)
+        self.project = convolution(channels * (len(rates) + 2), channels, kernel)
 
     def forward(self, high_BDhw: Tensor) -> Tensor:
         """High map -> [B, channels, h, w].
@@ -83,19 +94,57 @@ class DeepLabV3Plus(nn.Module):
     ) -> None:
         super().__init__()
         self.pyramid = AtrousPyramid(high_in, channels, rates)
-        self.reduce = _conv(low_in, low_channels, 1)
-        self.fuse = nn.Sequential(_conv(low_channels + channels, channels, 3), _conv(channels, channels, 3))
+        self.reduce = convolution(low_in, low_channels, 1)
+        self.fuse = nn.Sequential(convolution(low_channels + channels, channels, 3), convolution(channels, channels, 3))
         self.classifier = nn.Conv2d(channels, num_classes, 1)
         self.joined_channels = low_channels + channels
         self.penultimate_channels = channels
 
-    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, maps: Sequence[Tensor], keep: Keep | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Low and high map -> (logits_BKhw, penultimate_BDhw, joined_BDhw), all at the size of the low map.
 
-        The joined map is what the two convolutions before the classifier read.
+        The joined map is what the two convolutions before the classifier read. It has no dropout for `keep` to act on.
         """
         low_BDhw, high_BDhw = maps
         high_BDhw = resize(self.pyramid(high_BDhw), low_BDhw.shape[-2:])
         joined_BDhw = torch.cat((self.reduce(low_BDhw), high_BDhw), dim=1)
         penultimate_BDhw = self.fuse(joined_BDhw)
         return self.classifier(penultimate_BDhw), penultimate_BDhw, joined_BDhw
+
+
+class WideDeepLabV3Plus(nn.Module):
+    """The decoder of U2PL and AEL: a low map as wide as the high one, a 3x3 projection, channel dropout thrice.
+
+    The published probability of all dropouts is 0.1. They are named `decoder/high`, `decoder/first` and
+    `decoder/penultimate`; the penultimate map is the one before its dropout.
+
+    Args:
+        low_in, high_in: channels of the encoder's two maps.
+        num_classes: K.
+        channels: width of the pyramid and of the maps before the classifier.
+        low_channels: width to which the low map is reduced.
+        rates: dilations of the pyramid, in cells of the high map.
+
+    Source: Wang et al. 2022 (U2PL), arXiv:2203.03884, as released. Differs: dropped channels are given by the caller.
+    """
+
+    def __init__(
+        self, low_in: int, high_in: int, num_classes: int, channels: int, low_channels: int, rates: Sequence[int]
+    ) -> None:
+        super().__init__()
+        self.pyramid = AtrousPyramid(high_in, channels, rates, kernel=3)
+        self.reduce = convolution(low_in, low_channels, 1, bias=True)
+        self.first = convolution(low_channels + channels, channels, 3, bias=True)
+        self.second = convolution(channels, channels, 3, bias=True)
+        self.classifier = nn.Conv2d(channels, num_classes, 1)
+        self.joined_channels = low_channels + channels
+        self.penultimate_channels = channels
+
+    def forward(self, maps: Sequence[Tensor], keep: Keep | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Low and high map -> (logits_BKhw, penultimate_BDhw, joined_BDhw), all at the size of the low map."""
+        low_BDhw, high_BDhw = maps
+        high_BDhw = dropout(self.pyramid(high_BDhw), keep, "decoder/high")
+        joined_BDhw = torch.cat((self.reduce(low_BDhw), resize(high_BDhw, low_BDhw.shape[-2:])), dim=1)
+        penultimate_BDhw = self.second(dropout(self.first(joined_BDhw), keep, "decoder/first"))
+        logits_BKhw = self.classifier(dropout(penultimate_BDhw, keep, "decoder/penultimate"))
+        return logits_BKhw, penultimate_BDhw, joined_BDhw

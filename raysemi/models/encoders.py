@@ -1,27 +1,40 @@
 """Encoders by name: images in, the feature maps that decoder and heads read out.
 
-`resnet50` and `resnet101` are the papers' networks: with the deep stem (three 3x3 convolutions, timm's `resnet50s`,
-`resnet101s`) or the plain one (torchvision's). Every other name is a convolutional network of timm.
-Axes: B images, 3 or D channels, H x W pixels, h x w cells.
+The papers' networks: `resnet50` and `resnet101` with the deep stem (three 3x3 convolutions, timm's `resnet50s`,
+`resnet101s`) or the plain one (torchvision's), `xception65`, and the DINOv2 transformers `vit_{small,base,large}_
+patch14_dinov2`. Every other name is a convolutional network of timm.
+Axes: B images, 3 or D channels, H x W pixels, h x w cells, N = h w tokens.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from raysemi.errors import ConfigError
 
 PAPER_RESNETS = {"resnet50": "resnet50s", "resnet101": "resnet101s"}
 """The papers' networks -> timm's name of the same network with the deep stem."""
+XCEPTION = "xception65"
+DINOV2 = {
+    "vit_small_patch14_dinov2": (2, 5, 8, 11),
+    "vit_base_patch14_dinov2": (2, 5, 8, 11),
+    "vit_large_patch14_dinov2": (4, 11, 17, 23),
+}
+"""The papers' transformers -> the blocks, from 0, whose outputs the decoder reads."""
+PATCH = 14
+"""Side of a patch of theirs, in pixels: sides of what they see are multiples of it."""
 LITE0 = "tf_efficientnet_lite0"
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _LITE0 = ((127 / 255,) * 3, (128 / 255,) * 3)  # its published weights saw (x - 127) / 128
 
@@ -31,10 +44,11 @@ class Features:
     """What the encoder sees in some images."""
 
     maps: tuple[Tensor, ...]
-    """The maps that the decoder reads, [B, D, h, w] each, finest first; of a convolutional network those at stride 4
-    and at the output stride (8 or 16)."""
+    """The maps that the decoder reads, [B, D, h, w] each; of a convolutional network those at stride 4 and at the
+    output stride (8 or 16), of a transformer those of four blocks, one cell a patch, shallowest first."""
     middle_BDhw: Tensor | None = None
-    """The last map but one of a convolutional network (of a ResNet: stage 3), which auxiliary heads read."""
+    """The last map but one of a convolutional network (of a ResNet: stage 3), which auxiliary heads read; None of a
+    transformer."""
 
     @property
     def high_BDhw(self) -> Tensor:
@@ -50,6 +64,8 @@ class Encoder(nn.Module, ABC):
         channels: of each of `Features.maps`.
         middle_channels: of `Features.middle_BDhw`; None where there is none.
         statistics: mean and standard deviation of its input, RGB in [0, 1].
+        published_as: timm's name and tag of the weights that `model.weights=timm` takes; None where there are none.
+        multiple: both sides of an input are multiples of this, in pixels.
     """
 
     def __init__(
@@ -57,13 +73,17 @@ class Encoder(nn.Module, ABC):
         net: nn.Module,
         channels: tuple[int, ...],
         middle_channels: int | None,
-        statistics: tuple[tuple[float, ...], tuple[float, ...]],
+        statistics: Statistics,
+        published_as: str | None = None,
+        multiple: int = 1,
     ) -> None:
         super().__init__()
         self.net = net
         self.channels = channels
         self.middle_channels = middle_channels
         self.statistics = statistics
+        self.published_as = published_as
+        self.multiple = multiple
 
     def published_names(self) -> dict[str, str]:
         """Name of each tensor in `net.state_dict()` -> its name in a published file of the whole classifier."""
@@ -120,11 +140,10 @@ class TimmEncoder(Encoder):
             )
         channels = net.feature_info.channels()
         low = strides.index(4)
-        published = timm.get_pretrained_cfg(name)
-        statistics: tuple[tuple[float, ...], tuple[float, ...]] = _LITE0
-        if name != LITE0:
-            statistics = _IMAGENET if published is None else (tuple(published.mean), tuple(published.std))
-        super().__init__(net, (channels[low], channels[-1]), channels[-2], statistics)
+        statistics, published_as = _published(name)
+        if name == LITE0:
+            statistics = _LITE0
+        super().__init__(net, (channels[low], channels[-1]), channels[-2], statistics, published_as)
         self._name = name
         self._low = low
 
@@ -139,11 +158,7 @@ class TimmEncoder(Encoder):
 
     def classifier_shapes(self) -> Mapping[str, torch.Size]:
         """Every tensor of timm's whole classifier, by published name in its published order, with its shape."""
-        import timm
-
-        with torch.device("meta"):
-            whole = timm.create_model(self._name, pretrained=False)
-        return {name: tensor.shape for name, tensor in whole.state_dict().items()}
+        return _whole_shapes(self._name)
 
     def forward(self, images_B3HW: Tensor) -> Features:
         """Features of normalised images."""
@@ -165,7 +180,7 @@ class PlainResNet(Encoder):
         net = get_model(name, weights=None, replace_stride_with_dilation=[False, output_stride == 8, True])
         self._classifier = {key: tensor.shape for key, tensor in net.state_dict().items()}
         net.fc = nn.Identity()
-        super().__init__(net, (256, 2048), 1024, _IMAGENET)
+        super().__init__(net, (256, 2048), 1024, _IMAGENET, f"{name}.tv_in1k")
 
     def classifier_shapes(self) -> Mapping[str, torch.Size]:
         """Every tensor of torchvision's whole classifier, by published name, with its shape."""
@@ -180,19 +195,164 @@ class PlainResNet(Encoder):
         return Features((low, net.layer4(middle)), middle)
 
 
-def build_encoder(name: str, stem: Literal["deep", "plain"], output_stride: int) -> Encoder:
+class Xception65(Encoder):
+    """Aligned Xception-65, as UniMatch uses it on COCO.
+
+    Its low map is that of the second separable convolution of the 256-wide block, before its ReLU. No separable
+    convolution is dilated at output stride 16 (timm dilates the last three by 2), all behind the stride by 2 at 8.
+    Running statistics move by 0.0003 a step: from random weights they need 10,000 steps.
+
+    Args:
+        name: `xception65`, with or without a tag of timm.
+        output_stride: 8 or 16.
+
+    Source: Chen et al. 2018, arXiv:1802.02611, figure 4; timm's network. Differs from UniMatch: a shortcut carries x,
+    as when the published weights were made, and not relu(x), which a ReLU in place makes of it there.
+    """
+
+    def __init__(self, name: str, output_stride: int) -> None:
+        import timm  # takes seconds to import
+
+        net: Any = timm.create_model(XCEPTION, pretrained=False, num_classes=0, output_stride=output_stride)
+        net.blocks[1].stack.act3.inplace = False  # its input is the low map
+        for module in net.blocks[20].modules():
+            if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+                module.dilation = module.padding = (16 // output_stride,) * 2
+        for module in net.modules():
+            if isinstance(module, nn.Conv2d):
+                area = module.kernel_size[0] * module.kernel_size[1]
+                nn.init.normal_(module.weight, std=math.sqrt(2 / (area * module.out_channels)))
+            elif isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.0003
+        # the tag that DeepLab published; timm's own default is another training
+        statistics, published_as = _published(name if "." in name else f"{XCEPTION}.tf_in1k")
+        super().__init__(net, (256, 2048), 1024, statistics, published_as)
+
+    def classifier_shapes(self) -> Mapping[str, torch.Size]:
+        """Every tensor of timm's whole classifier, by published name in its published order, with its shape."""
+        return _whole_shapes(XCEPTION)
+
+    def forward(self, images_B3HW: Tensor) -> Features:
+        """Features of normalised images."""
+        net: Any = self.net
+        x = net.blocks[0](net.stem(images_B3HW))
+        second = net.blocks[1]
+        low = second.stack.conv2(second.stack.act2(second.stack.conv1(second.stack.act1(x))))
+        x = second.stack.conv3(second.stack.act3(low)) + second.shortcut(x)
+        middle = net.blocks[2:20](x)
+        return Features((low, net.blocks[20](middle)), middle)
+
+
+class DinoV2(Encoder):
+    """A DINOv2 transformer: the outputs of four blocks, each through the final LayerNorm, without the class token.
+
+    Position embeddings, made for 37 x 37 patches, are interpolated as DINOv2 does: bicubic, not antialiased, by the
+    scale of a grid larger by 0.1. The mask token of Meta's files has no use here and is no parameter.
+
+    Args:
+        name: timm's name, with or without its tag.
+
+    Source: Oquab et al. 2023, arXiv:2304.07193; which blocks: UniMatch V2, arXiv:2410.10777.
+    """
+
+    def __init__(self, name: str) -> None:
+        import timm  # takes seconds to import
+
+        architecture = _architecture(name)
+        # LayerScale begins at 1, not timm's 1e-5: random weights would not learn
+        net: Any = timm.create_model(architecture, pretrained=False, num_classes=0, init_values=1.0)
+        self._blocks = DINOV2[architecture]
+        self._grid: tuple[int, int] = net.patch_embed.grid_size
+        statistics, published_as = _published(name)
+        super().__init__(net, (net.embed_dim,) * len(self._blocks), None, statistics, published_as, PATCH)
+
+    def classifier_shapes(self) -> Mapping[str, torch.Size]:
+        """Every tensor of a published file: timm's, and the mask token of Meta's."""
+        own = {name: tensor.shape for name, tensor in self.net.state_dict().items()}
+        return {**own, "mask_token": torch.Size((1, self.channels[0]))}
+
+    def positions(self, grid: Sequence[int]) -> Tensor:
+        """Position embeddings of the class token and of a grid of patches, [1, 1 + N, D]."""
+        net: Any = self.net
+        positions_1ND: Tensor = net.pos_embed
+        if tuple(grid) == self._grid:
+            return positions_1ND
+        patches_1Dhw = positions_1ND[:, 1:].unflatten(1, self._grid).permute(0, 3, 1, 2)
+        scale = tuple((cells + 0.1) / own for cells, own in zip(grid, self._grid, strict=True))
+        patches_1Dhw = functional.interpolate(patches_1Dhw, scale_factor=scale, mode="bicubic", align_corners=False)
+        return torch.cat((positions_1ND[:, :1], patches_1Dhw.flatten(2).transpose(1, 2)), dim=1)
+
+    def forward(self, images_B3HW: Tensor) -> Features:
+        """Features of normalised images, whose sides are multiples of 14 pixels."""
+        net: Any = self.net
+        patches_BDhw = net.patch_embed.proj(images_B3HW)
+        grid = patches_BDhw.shape[-2:]
+        tokens_BND = torch.cat(
+            (net.cls_token.expand(len(images_B3HW), -1, -1), patches_BDhw.flatten(2).transpose(1, 2)), dim=1
+        )
+        tokens_BND = tokens_BND + self.positions(grid)
+        maps = []
+        for index, block in enumerate(net.blocks):
+            tokens_BND = block(tokens_BND)
+            if index in self._blocks:
+                maps.append(net.norm(tokens_BND)[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2))
+        return Features(tuple(maps))
+
+
+def build_encoder(
+    name: str,
+    stem: Literal["deep", "plain"],
+    output_stride: int,
+    multi_grid: tuple[int, int, int] | None = None,
+) -> Encoder:
     """An encoder with random weights, drawn from torch's present CPU generator.
 
     Args:
-        name: `resnet50`, `resnet101`, or timm's name of a convolutional network.
+        name: of a network of the papers, or timm's name of a convolutional network.
         stem: of `resnet50` and `resnet101`.
-        output_stride: 8 or 16; the last stages trade stride for dilation.
+        output_stride: 8 or 16; the last stages trade stride for dilation. Transformers have none.
+        multi_grid: of `resnet50` and `resnet101`, factors on the dilations of the three blocks of the last stage.
 
     Raises:
         ConfigError: the network is unknown or has no such strides.
     """
     if name in PAPER_RESNETS:
-        if stem == "plain":
-            return PlainResNet(name, output_stride)
-        return TimmEncoder(PAPER_RESNETS[name], output_stride)
-    return TimmEncoder(name, output_stride)
+        plain = stem == "plain"
+        encoder = PlainResNet(name, output_stride) if plain else TimmEncoder(PAPER_RESNETS[name], output_stride)
+        for block, factor in zip(encoder.net.layer4, multi_grid or (1, 1, 1), strict=True):  # type: ignore[arg-type]
+            convolution = block.conv2
+            convolution.dilation = convolution.padding = tuple(factor * d for d in convolution.dilation)
+        return encoder
+    if _architecture(name) in DINOV2:
+        return DinoV2(name)
+    return Xception65(name, output_stride) if _architecture(name) == XCEPTION else TimmEncoder(name, output_stride)
+
+
+def _architecture(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _published(name: str) -> tuple[Statistics, str | None]:
+    """Mean and standard deviation of the input of timm's published weights, and their name with its tag."""
+    import timm
+
+    try:
+        config = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:  # a tag that timm does not know
+        raise ConfigError(
+            f"model.encoder must be a name that timm {timm.__version__} knows; got {name} ({error}). "
+            "Remove what follows the dot for the usual weights."
+        ) from error
+    if config is None:
+        return _IMAGENET, None
+    found = config.hf_hub_id or config.url
+    return (tuple(config.mean), tuple(config.std)), f"{config.architecture}.{config.tag}" if found else None
+
+
+def _whole_shapes(name: str) -> dict[str, torch.Size]:
+    """Shape of every tensor of timm's whole classifier."""
+    import timm
+
+    with torch.device("meta"):
+        whole = timm.create_model(name, pretrained=False)
+    return {key: tensor.shape for key, tensor in whole.state_dict().items()}

@@ -1,11 +1,13 @@
-"""Heads that a method asks for, beside the decoder; nothing of them runs at inference.
+"""Projection heads that a method asks for, beside the decoder; nothing of them runs at inference.
 
-Axes: B images, C channels of the map that a head reads, D projected channels, K classes, h x w its cells.
+Axes: B images, C channels of the map that is read, D projected channels, K classes, h x w its cells.
 """
 
 from __future__ import annotations
 
 from torch import Tensor, nn
+
+from raysemi.models.decoders import Keep, convolution, dropout
 
 
 class CorrelationHead(nn.Module):
@@ -44,83 +46,58 @@ class CorrelationHead(nn.Module):
         """
         g_BCHW = self.norm(self.reduce(high_BCHW)).relu()
         if keep_BC is not None:
-            g_BCHW = _kept(g_BCHW, keep_BC)
+            g_BCHW = g_BCHW * keep_BC[:, :, None, None].to(g_BCHW.dtype)
         first_BDhw = self.first(g_BCHW)
         return first_BDhw, first_BDhw if self.second is None else self.second(g_BCHW)
 
 
 class RepresentationHead(nn.Module):
-    """A vector of each cell for contrastive losses, from the decoder's joined map.
+    """U2PL's features for its contrast: what the wide decoder's classifier is, with D outputs for K.
 
-    r = Conv1x1(g2), g_i = keep_i * ReLU(BN(Conv3x3(g_(i-1)))), all with bias: the classifier's path with another end.
+    Its dropouts, published with 0.1, are named `representation/first` and `representation/second`.
 
     Args:
-        in_channels: channels of the joined map.
-        hidden: channels of g.
-        dim: D, channels of r.
+        in_channels: channels of the decoder's joined map.
+        dim: D.
+        hidden: channels of the two 3x3 convolutions.
 
-    Source: Wang et al. 2022 (U2PL), arXiv:2203.03884, its code. Differs: dropped channels are given by the caller, so
-    that they do not depend on the rank.
+    Source: Wang et al. 2022 (U2PL), arXiv:2203.03884, as released. Differs: dropped channels are given by the caller.
     """
 
-    def __init__(self, in_channels: int, hidden: int = 256, dim: int = 256) -> None:
+    def __init__(self, in_channels: int, dim: int = 256, hidden: int = 256) -> None:
         super().__init__()
-        self.first = nn.Conv2d(in_channels, hidden, kernel_size=3, padding=1)
-        self.first_norm = nn.BatchNorm2d(hidden)
-        self.second = nn.Conv2d(hidden, hidden, kernel_size=3, padding=1)
-        self.second_norm = nn.BatchNorm2d(hidden)
+        self.first = convolution(in_channels, hidden, 3, bias=True)
+        self.second = convolution(hidden, hidden, 3, bias=True)
         self.project = nn.Conv2d(hidden, dim, kernel_size=1)
 
-    def forward(self, joined_BDhw: Tensor, keep: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """The vectors, [B, D, h, w].
-
-        Args:
-            joined_BDhw: see `Prediction.joined_BDhw`.
-            keep: factors of the channels of g1 and g2, [B, hidden] each, as in `CorrelationHead`; None keeps all.
-        """
-        first_BChw = self.first_norm(self.first(joined_BDhw)).relu()
-        if keep is not None:
-            first_BChw = _kept(first_BChw, keep[0])
-        second_BChw = self.second_norm(self.second(first_BChw)).relu()
-        if keep is not None:
-            second_BChw = _kept(second_BChw, keep[1])
-        projected_BDhw: Tensor = self.project(second_BChw)
-        return projected_BDhw
+    def forward(self, joined_BChw: Tensor, keep: Keep | None = None) -> Tensor:
+        """The decoder's joined map -> [B, D, h, w]."""
+        hidden_BDhw = dropout(self.first(joined_BChw), keep, "representation/first")
+        hidden_BDhw = dropout(self.second(hidden_BDhw), keep, "representation/second")
+        result: Tensor = self.project(hidden_BDhw)
+        return result
 
 
 class AuxiliaryHead(nn.Module):
-    """Class scores from the encoder's last map but one, a second labeled loss for deep encoders.
+    """Class scores from the last map but one (of a ResNet: stage 3), a second place for the labeled loss.
 
-    Conv1x1(keep * ReLU(BN(Conv3x3(middle)))), all with bias.
+    Its dropout, published with 0.1, is named `auxiliary`.
 
     Args:
-        in_channels: channels of the middle map.
+        in_channels: channels of the map.
         num_classes: K.
-        hidden: channels between the convolutions.
+        hidden: channels of the 3x3 convolution.
 
-    Source: Zhao et al. 2017 (PSPNet), arXiv:1612.01105, section 3.3, in the form of U2PL's code.
+    Source: Zhao et al. 2017 (PSPNet), arXiv:1612.01105, section 3.3; as in U2PL and AEL. Differs: dropped channels are
+    given by the caller.
     """
 
     def __init__(self, in_channels: int, num_classes: int, hidden: int = 256) -> None:
         super().__init__()
-        self.hidden = hidden
-        self.reduce = nn.Conv2d(in_channels, hidden, kernel_size=3, padding=1)
-        self.norm = nn.BatchNorm2d(hidden)
+        self.reduce = convolution(in_channels, hidden, 3, bias=True)
         self.classifier = nn.Conv2d(hidden, num_classes, kernel_size=1)
 
-    def forward(self, middle_BDhw: Tensor, keep_BC: Tensor | None = None) -> Tensor:
-        """Class scores, [B, K, h, w].
-
-        Args:
-            middle_BDhw: see `Features.middle_BDhw`.
-            keep_BC: [B, hidden], factors of the channels, as in `CorrelationHead`; None keeps all.
-        """
-        hidden_BChw = self.norm(self.reduce(middle_BDhw)).relu()
-        if keep_BC is not None:
-            hidden_BChw = _kept(hidden_BChw, keep_BC)
-        logits_BKhw: Tensor = self.classifier(hidden_BChw)
-        return logits_BKhw
-
-
-def _kept(map_BChw: Tensor, keep_BC: Tensor) -> Tensor:
-    return map_BChw * keep_BC[:, :, None, None].to(map_BChw.dtype)
+    def forward(self, middle_BChw: Tensor, keep: Keep | None = None) -> Tensor:
+        """The map -> logits [B, K, h, w]."""
+        result: Tensor = self.classifier(dropout(self.reduce(middle_BChw), keep, "auxiliary"))
+        return result

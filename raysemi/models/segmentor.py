@@ -16,11 +16,13 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from raysemi.base import Config, choices
-from raysemi.models.decoders import DeepLabV3Plus, resize
-from raysemi.models.encoders import LITE0, PAPER_RESNETS, Encoder, Features, build_encoder
+from raysemi.models.decoders import DeepLabV3Plus, Keep, WideDeepLabV3Plus, resize
+from raysemi.models.dpt import DPT, WIDTHS
+from raysemi.models.encoders import DINOV2, LITE0, PAPER_RESNETS, Encoder, Features, build_encoder
 from raysemi.models.weights import load_encoder
 
 _RATES = {16: (6, 12, 18), 8: (12, 24, 36)}
+_LOW_CHANNELS = 48
 
 
 @dataclass(frozen=True)
@@ -45,29 +47,34 @@ class Prediction:
     """Class scores at the size of the images, in the type of the pass (bfloat16 under autocast)."""
     features: Features
     penultimate_BDhw: Tensor
-    """Input of the classifier, after ReLU, at stride 4."""
+    """Input of the classifier, after ReLU and before any dropout, at stride 4 (dpt: 8 cells a patch)."""
     joined_BDhw: Tensor
-    """All that the decoder has gathered, before the convolutions that make the penultimate map of it, at stride 4."""
+    """All that the decoder has gathered, before the convolutions that make the penultimate map of it, at its size."""
 
 
 class ModelConfig(Config):
     """Settings of the network."""
 
-    name: Literal["deeplabv3plus"] = "deeplabv3plus"
-    """Decoder."""
+    name: Literal["deeplabv3plus", "deeplabv3plus_wide", "dpt"] = "deeplabv3plus"
+    """Decoder. deeplabv3plus_wide: the one of U2PL and AEL. dpt: the one of UniMatch V2, for transformers."""
     encoder: str = LITE0
-    """`resnet50` or `resnet101` (the papers'), or the name of a convolutional network of timm."""
+    """`resnet50`, `resnet101` or `xception65` (the papers'), or the name of a convolutional network of timm; with dpt
+    `vit_small_patch14_dinov2`, `vit_base_patch14_dinov2` or `vit_large_patch14_dinov2`."""
     weights: str = "auto"
     """First weights of the encoder: `auto` (ImageNet weights that came with the installation; tf_efficientnet_lite0
-    only), `random`, or a file (.safetensors, or a torch file of plain tensors)."""
+    only), `timm` (downloads the published ones, see `raysemi weights`), `random`, or a file (.safetensors, or a torch
+    file of plain tensors)."""
     stem: Literal["deep", "plain"] = "deep"
     """Stem of resnet50 and resnet101: three 3x3 convolutions (the papers') or one 7x7 (torchvision's weights)."""
     output_stride: Literal[8, 16] = Field(16, json_schema_extra=choices([8, 16]))
     """Pixels a cell of the last map; the last stages are dilated."""
+    multi_grid: tuple[int, int, int] | None = None
+    """Factors on the dilations of the three blocks of the last stage of resnet50 and resnet101: 2, 2, 4 in U2PL, AEL
+    and AugSeg; null: 1, 1, 1."""
     channels: int = Field(256, ge=8)
     """Width of the decoder."""
-    low_channels: int = Field(48, ge=4)
-    """Channels to which the decoder reduces the stride-4 map."""
+    low_channels: int | None = Field(None, ge=4)
+    """Channels to which the decoder reduces the stride-4 map; null: 48, and in deeplabv3plus_wide `channels`."""
     atrous_rates: tuple[int, int, int] | None = None
     """Dilations of the pyramid, in cells; null: 6, 12, 18 at output stride 16 and 12, 24, 36 at 8."""
     batch_norm: Literal["train", "frozen"] = "train"
@@ -80,9 +87,30 @@ class ModelConfig(Config):
                 f"stem must be deep (the default) unless encoder is resnet50 or resnet101; got plain with "
                 f"{self.encoder}. Remove model.stem."
             )
-        if self.atrous_rates is not None and min(self.atrous_rates) < 1:
+        for name in ("atrous_rates", "multi_grid"):
+            factors = getattr(self, name)
+            if factors is not None and min(factors) < 1:
+                raise ValueError(f"{name} must be at least 1; got {list(factors)}. Use null for the default.")
+        if self.multi_grid is not None and self.encoder not in PAPER_RESNETS:
             raise ValueError(
-                f"atrous_rates must be at least 1; got {list(self.atrous_rates)}. Use null for the default."
+                f"multi_grid must be null (the default) unless encoder is resnet50 or resnet101; got "
+                f"{list(self.multi_grid)} with {self.encoder}. Remove model.multi_grid."
+            )
+        transformer = self.encoder.partition(".")[0] in DINOV2
+        if (self.name == "dpt") != transformer:
+            known = ", ".join(DINOV2)
+            raise ValueError(
+                f"name must be dpt for the encoders {known}, and for these alone; got {self.name} with {self.encoder}. "
+                f"Set model.name={'dpt' if transformer else 'deeplabv3plus'}, or another model.encoder."
+            )
+        fields = type(self).model_fields
+        unread = ("output_stride", "channels", "low_channels", "atrous_rates")
+        given = [name for name in unread if transformer and getattr(self, name) != fields[name].default]
+        if given:
+            defaults = " ".join(f"model.{name}={fields[name].default or 'null'}" for name in given)
+            raise ValueError(
+                f"{' and '.join(given)} must be left as they are by default with dpt, whose sizes follow the encoder; "
+                f"got {', '.join(str(getattr(self, name)) for name in given)}. Set {defaults}."
             )
         return self
 
@@ -95,7 +123,8 @@ class Segmentor(nn.Module):
 
     Args:
         encoder: see `encoders.build_encoder`.
-        decoder: `Features.maps` -> (logits_BKhw, penultimate_BDhw, joined_BDhw); see `decoders.DeepLabV3Plus`.
+        decoder: `Features.maps`, factors of its dropout or None -> (logits_BKhw, penultimate_BDhw, joined_BDhw); see
+            `decoders.DeepLabV3Plus`.
         heads: extra heads of a method, by name.
         num_classes: K.
         frozen: keep BatchNorm as it is.
@@ -141,15 +170,28 @@ class Segmentor(nn.Module):
         encoder = {id(parameter) for parameter in self.encoder.parameters()}
         return (p for p in self.parameters() if p.requires_grad and id(p) not in encoder)
 
+    def seen_size(self, size: Sequence[int]) -> tuple[int, ...]:
+        """Size at which the encoder sees images of a size: the nearest multiples of a patch, as in UniMatch V2."""
+        multiple = self.encoder.multiple
+        return tuple(max(1, (2 * side + multiple) // (2 * multiple)) * multiple for side in size)
+
     def encode(self, images_B3HW: Tensor) -> Features:
         """Features of RGB images in [0, 1], any size."""
-        features: Features = self.encoder((images_B3HW - self.mean) / self.std)
+        normalised_B3HW = (images_B3HW - self.mean) / self.std
+        features: Features = self.encoder(resize(normalised_B3HW, self.seen_size(images_B3HW.shape[-2:])))
         return features
 
-    def decode(self, features: Features, size: Sequence[int]) -> Prediction:
-        """Prediction from features, the logits at `size` = (H, W)."""
-        logits_BKhw, penultimate_BDhw, joined_BDhw = self.decoder(features.maps)
-        return Prediction(resize(logits_BKhw, size), features, penultimate_BDhw, joined_BDhw)
+    def decode(self, features: Features, size: Sequence[int], keep: Keep | None = None) -> Prediction:
+        """Prediction from features.
+
+        Args:
+            features: of `encode`.
+            size: H, W of the logits, those of the images.
+            keep: factors of the decoder's channel dropout, where it has one; None drops nothing.
+        """
+        logits_BKhw, penultimate_BDhw, joined_BDhw = self.decoder(features.maps, keep)
+        logits_BKHW = resize(resize(logits_BKhw, self.seen_size(size)), size)
+        return Prediction(logits_BKHW, features, penultimate_BDhw, joined_BDhw)
 
     def forward(self, images_B3HW: Tensor) -> Prediction:
         """Prediction for RGB images in [0, 1], float, any size."""
@@ -177,18 +219,29 @@ def build_segmentor(
         ConfigError: unknown encoder, an output stride it does not have, weights that do not fit.
     """
     with _seeded(seed, "encoder"):
-        encoder = build_encoder(config.encoder, config.stem, config.output_stride)
+        encoder = build_encoder(config.encoder, config.stem, config.output_stride, config.multi_grid)
     load_encoder(encoder, config.encoder, config.weights)
-    low, high = encoder.channels
-    rates = config.atrous_rates or _RATES[config.output_stride]
     with _seeded(seed, "decoder"):
-        decoder = DeepLabV3Plus(low, high, num_classes, config.channels, config.low_channels, rates)
+        decoder = _build_decoder(config, encoder.channels, num_classes)
     with _seeded(seed, "heads"):
         channels = Channels(
             encoder.channels, encoder.middle_channels, decoder.joined_channels, decoder.penultimate_channels
         )
         heads = {} if heads_of is None else heads_of(channels)
     return Segmentor(encoder, decoder, heads, num_classes, frozen=config.batch_norm == "frozen")
+
+
+def _build_decoder(
+    config: ModelConfig, channels: Sequence[int], num_classes: int
+) -> DeepLabV3Plus | WideDeepLabV3Plus | DPT:
+    if config.name == "dpt":
+        return DPT(channels[0], num_classes, *WIDTHS[channels[0]])
+    low, high = channels
+    rates = config.atrous_rates or _RATES[config.output_stride]
+    if config.name == "deeplabv3plus_wide":
+        low_channels = config.low_channels or config.channels
+        return WideDeepLabV3Plus(low, high, num_classes, config.channels, low_channels, rates)
+    return DeepLabV3Plus(low, high, num_classes, config.channels, config.low_channels or _LOW_CHANNELS, rates)
 
 
 @contextmanager

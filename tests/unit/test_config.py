@@ -69,7 +69,7 @@ def test_images_of_a_group_stay_on_one_rank() -> None:
     check_world(grouped(12), 3)
     check_world(grouped(2), 1)  # by default 4, or all where they are fewer
     check_world(grouped(9, group=3), 3)  # pairs need not stand together
-    with pytest.raises(ConfigError, match=r"method\.group must divide each rank's share.* 12 on 2 ranks.*got 4.*to 16"):
+    with pytest.raises(ConfigError, match=r"method\.group must divide .*got 4 \(the default\).*method\.group=3 or"):
         check_world(grouped(12), 2)
     check_world(grouped(12, group=2), 2)
     with pytest.raises(ConfigError, match=r"method\.group must .*got 4"):
@@ -152,3 +152,27 @@ def test_all_broken_rules_come_at_once() -> None:
     )
     for part in ("run must", "data.val must", "data.unlabeled must", "train.stop_at must", "train.batch.labeled must"):
         assert part in text
+
+
+DPT = {"name": "dpt", "encoder": "vit_small_patch14_dinov2"}
+
+
+def test_a_transformer_needs_crops_and_windows_of_whole_patches() -> None:
+    pools = {"labeled": "p/l", "unlabeled": "p/u", "val": "p/v"}
+    windows = {"mode": "sliding_window", "window": 801}
+    text = refused(model=DPT, data=pools, eval=windows)
+    assert "data.crop must be a multiple of 14, the patches of vit_small_patch14_dinov2; got 321. Set it to 322" in text
+    assert (
+        "eval.window must be a multiple of 14, the patches of vit_small_patch14_dinov2; got 801. Set it to 812" in text
+    )
+    config(model=DPT, data=pools | {"crop": 518}, eval=windows | {"window": 798})
+    config(data=pools | {"crop": 321}, eval=windows)
+
+
+def test_a_network_without_batchnorm_trains_with_one_image_a_rank() -> None:
+    one = {"steps": 50, "batch": {"labeled": 2, "unlabeled": 4}}
+    pools = {"labeled": "p/l", "val": "p/v", "crop": 518}
+    method = {"name": "supervised"}
+    check_world(config(model=DPT, data=pools, method=method, train=one), 2)
+    with pytest.raises(ConfigError, match="at least 2 images, since BatchNorm"):
+        check_world(config(data=pools, method=method, train=one), 2)

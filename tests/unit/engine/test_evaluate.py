@@ -31,8 +31,8 @@ from raysemi.engine.evaluate import (
 )
 from raysemi.errors import DataError
 from raysemi.methods.base import SingleRank
-from raysemi.models.decoders import DeepLabV3Plus
-from raysemi.models.encoders import Encoder
+from raysemi.models.decoders import DeepLabV3Plus, Keep
+from raysemi.models.encoders import Encoder, Features
 from raysemi.models.segmentor import ModelConfig, Segmentor, build_segmentor
 
 CPU = torch.device("cpu")
@@ -43,27 +43,29 @@ SIZES = [(40, 56), (33, 48), (40, 56), (33, 48), (40, 56), (64, 50), (40, 56)]
 class Parity(nn.Module):
     """Encoder and decoder whose logits are one-hot in what the red channel says: 0, 127 or 255 of 255."""
 
-    def forward(self, low_B3hw: Tensor, high_B3hw: Tensor) -> tuple[Tensor, Tensor]:
-        return functional.one_hot((low_B3hw[:, 0] * 2).round().long(), CLASSES).movedim(-1, 1) * 9.0, low_B3hw
+    def forward(self, maps: tuple[Tensor, ...], keep: Keep | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        low_B3hw = maps[0]
+        logits_BKhw = functional.one_hot((low_B3hw[:, 0] * 2).round().long(), CLASSES).movedim(-1, 1) * 9.0
+        return logits_BKhw, low_B3hw, low_B3hw
 
 
 class Eyes(Encoder):
     """Gives the image itself as both maps, at stride 1."""
 
-    def __init__(self) -> None:
-        super().__init__(nn.BatchNorm2d(3), 3, 3, ((0.0,) * 3, (1.0,) * 3))
+    def __init__(self, multiple: int = 1) -> None:
+        super().__init__(nn.BatchNorm2d(3), (3, 3), 3, ((0.0,) * 3, (1.0,) * 3), multiple=multiple)
         self.sizes: list[tuple[int, ...]] = []
 
     def classifier_shapes(self) -> dict[str, torch.Size]:
         return {}
 
-    def forward(self, images_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images_B3HW: Tensor) -> Features:
         self.sizes.append(tuple(images_B3HW.shape))
-        return images_B3HW, images_B3HW
+        return Features((images_B3HW, images_B3HW))
 
 
-def parity() -> Segmentor:
-    return Segmentor(Eyes(), Parity(), {}, CLASSES, frozen=False)
+def parity(multiple: int = 1) -> Segmentor:
+    return Segmentor(Eyes(multiple), Parity(), {}, CLASSES, frozen=False)
 
 
 def network() -> Segmentor:
@@ -178,6 +180,27 @@ def test_default_stride_is_two_thirds_rounded_down() -> None:
     with inference(net, CPU):
         predict_labels(net, torch.zeros(1, 3, 20, 41), EvalConfig(mode="sliding_window", window=20, batch=9))
     assert net.encoder.sizes == [(2, 3, 20, 20), (1, 3, 20, 15)]  # starts 0, 13, 26
+
+
+@pytest.mark.parametrize(("shifted", "last"), [(None, 28), (True, 28), (False, 14)])
+def test_windows_of_a_transformer_are_shifted_back_unless_told_otherwise(shifted: bool | None, last: int) -> None:
+    net = parity(multiple=14)
+    images = torch.ones(1, 3, 28, 55)
+    config = EvalConfig(mode="sliding_window", window=28, stride=20, shifted=shifted)
+    with inference(net, CPU):
+        assert torch.equal(predict_labels(net, images, config), torch.full((1, 28, 55), 2, dtype=torch.uint8))
+    assert {size[3] for size in net.encoder.sizes} == {28, last}  # cut off, the last one has 15 columns
+
+
+def test_a_transformer_sees_the_nearest_multiple_of_a_patch_and_answers_at_the_own_size() -> None:
+    net = parity(multiple=14)
+    images = torch.arange(33).div(64).expand(1, 3, 19, 33).clone()  # 0 below column 16, then 1
+    with inference(net, CPU):
+        labels = predict_labels(net, images, EvalConfig())
+    assert net.encoder.sizes == [(1, 3, 14, 28)]
+    assert labels.shape == (1, 19, 33)
+    assert torch.equal(labels[0, :, :15], torch.zeros(19, 15, dtype=torch.uint8))
+    assert torch.equal(labels[0, :, 18:], torch.ones(19, 15, dtype=torch.uint8))
 
 
 def test_whole_images_of_odd_size() -> None:

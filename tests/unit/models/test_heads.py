@@ -1,4 +1,4 @@
-"""The heads: shapes, published sizes, dropped channels, the shared projection."""
+"""Heads: shapes, published sizes, dropped channels; the correlation head's shared projection."""
 
 from __future__ import annotations
 
@@ -40,27 +40,32 @@ def test_channel_factors_act_after_the_norm():
     torch.testing.assert_close(head(high, keep_BC=keep)[0], head.first(hidden))
 
 
-def test_the_published_representation():
-    """u2pl.md section 1: 1,836,800 parameters over the published decoder's 512 channels."""
-    head = RepresentationHead(512)
-    assert sum(p.numel() for p in head.parameters()) == 1_836_800
-    assert RepresentationHead(9, hidden=6, dim=4)(torch.randn(2, 9, 3, 5)).shape == (2, 4, 3, 5)
+def test_representation_head_has_the_published_size_and_draws_nothing_itself():
+    with torch.device("meta"):
+        assert sum(p.numel() for p in RepresentationHead(512).parameters()) == 1_836_800
+    head, joined = RepresentationHead(5, dim=4, hidden=7).eval(), torch.randn(2, 5, 3, 6)
+    asked = {}
+
+    def run(dropped):
+        def keep(name, channels):
+            asked[name] = channels
+            return torch.full((2, channels), float(name != dropped))
+
+        return head(joined, keep)
+
+    assert head(joined).shape == (2, 4, 3, 6)
+    assert torch.equal(run("nothing"), head(joined))
+    assert asked == {"representation/first": 7, "representation/second": 7}
+    torch.testing.assert_close(run("representation/first"), head.project(head.second(torch.zeros(2, 7, 3, 6))))
+    torch.testing.assert_close(run("representation/second"), head.project.bias[:, None, None].expand(2, 4, 3, 6))
 
 
-def test_the_published_auxiliary_head():
-    """u2pl.md section 1: what ResNet-101 has on Cityscapes beyond the network without it."""
-    head = AuxiliaryHead(1024, num_classes=19)
-    assert sum(p.numel() for p in head.parameters()) == 66_824_422 - (64_459_989 - 2 * 257)
-    assert AuxiliaryHead(9, 5, hidden=6)(torch.randn(2, 9, 3, 4)).shape == (2, 5, 3, 4)
-
-
-def test_dropped_channels_of_the_other_heads():
-    joined, kept, dropped = torch.randn(2, 9, 3, 5), torch.ones(2, 6), torch.zeros(2, 6)
-    head, auxiliary = RepresentationHead(9, hidden=6, dim=4).eval(), AuxiliaryHead(9, 5, hidden=6).eval()
-    torch.testing.assert_close(head(joined, (kept, kept)), head(joined))
-    torch.testing.assert_close(head(joined, (kept, dropped)), head.project.bias[:, None, None].expand(2, 4, 3, 5))
-    inner = head.second_norm(head.second.bias.view(1, 6, 1, 1)).relu()
-    torch.testing.assert_close(head(joined, (dropped, kept))[0, :, 1, 2], head.project(inner)[0, :, 0, 0])
-    torch.testing.assert_close(auxiliary(joined, kept), auxiliary(joined))
-    expected = auxiliary.classifier.bias[:, None, None].expand(2, 5, 3, 5)
-    torch.testing.assert_close(auxiliary(joined, dropped), expected)
+def test_auxiliary_head_has_the_published_size_and_draws_nothing_itself():
+    with torch.device("meta"):
+        assert sum(p.numel() for p in AuxiliaryHead(1024, 19).parameters()) == 66_824_422 - 64_459_475
+    head, middle = AuxiliaryHead(5, num_classes=3, hidden=7).eval(), torch.randn(2, 5, 4, 6)
+    keep = {"auxiliary": torch.rand(2, 7)}
+    hidden = torch.relu(head.reduce[1](head.reduce[0](middle)))
+    torch.testing.assert_close(head(middle), head.classifier(hidden))
+    dropped = head(middle, lambda name, channels: keep[name])
+    torch.testing.assert_close(dropped, head.classifier(hidden * keep["auxiliary"][:, :, None, None]))
