@@ -42,7 +42,7 @@ def describe(name: str) -> dict[str, Any]:
         ConfigError: no such method.
     """
     config, method = _method(name)
-    uses_unlabeled = "unused" if not method.strong_views else "optional" if method.unlabeled_optional else "needed"
+    uses_unlabeled = "unused" if not method.uses_unlabeled else "optional" if method.unlabeled_optional else "needed"
     return {
         "name": name,
         "idea": _idea(type(method)),

@@ -95,9 +95,8 @@ class Cells:
         """
         size = taught.joined_BDhw.shape[2], taught.joined_BDhw.shape[3]
         label_LN, label_UN, valid_UN, entropy_UN = (at_nodes(map_BHW, size) for map_BHW in (label_LHW, *unlabeled))
-        logits_BKhw = resize(
-            at_least_fp32(taught.logits_BKHW), size
-        )  # corners aligned: at a centre it is the cell's own
+        # corners aligned: at a cell's centre the score is the cell's own
+        logits_BKhw = resize(at_least_fp32(taught.logits_BKHW), size)
         return Cells(
             label_BN=torch.cat((label_LN, label_UN)),
             reliable_BN=torch.cat((label_LN != IGNORE, valid_UN & (entropy_UN <= limits[0]))),
@@ -145,9 +144,7 @@ class PixelContrast(nn.Module):
         offset_BK = self._uniform(batch, context, "contrast/keys", 1).squeeze(2)
         members_BKN = torch.cat((confused_LKN, unlikely_UKN))
         chosen_BKm, count_BK = spread_members(members_BKN, offset_BK, self.max_new)
-        keys_BKmD = functional.normalize(
-            at_cells(teacher_BDhw, chosen_BKm).float(), dim=-1
-        ).half()  # cosines need no more
+        keys_BKmD = functional.normalize(at_cells(teacher_BDhw, chosen_BKm).float(), dim=-1).half()
         self.queues.insert(
             _of_all_ranks(keys_BKmD, num_labeled, context.across), _of_all_ranks(count_BK, num_labeled, context.across)
         )

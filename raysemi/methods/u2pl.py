@@ -32,7 +32,10 @@ from raysemi.data.types import SemiBatch
 from raysemi.errors import ConfigError
 from raysemi.methods.base import Average, Method, StepContext, group_size
 from raysemi.methods.pixel_contrast import Cells, ContrastConfig, PixelContrast, QueueConfig
+<<<<<<< HEAD
 from raysemi.methods.weighting import UnlabeledPass
+=======
+>>>>>>> b1fd60f6aab4bbef5e6e3ec4578083347570d2ae
 from raysemi.models.decoders import Keep, resize
 from raysemi.models.heads import AuxiliaryHead, RepresentationHead
 from raysemi.models.segmentor import Channels, Prediction, Segmentor
@@ -47,8 +50,7 @@ from raysemi.ops.losses import (
 from raysemi.ops.mixing import half_boxes, next_in_group, paste_all
 from raysemi.ops.pseudo_label import confidence_and_label
 
-_DROP = 0.1  # of the channels in the heads
-_AUXILIARY_HIDDEN = 256
+_DROP = 0.1  # of the channels in the heads, and in the decoder where it is the published one
 
 
 class RepresentationConfig(Config):
@@ -113,6 +115,8 @@ class _View:
 
     prediction: Prediction
     representation_BDhw: Tensor
+    keep: Keep
+    """The dropout of the pass."""
 
 
 class U2PL(Method):
@@ -131,14 +135,19 @@ class U2PL(Method):
     def heads(self, channels: Channels) -> dict[str, nn.Module]:
         """The representation, and the auxiliary classifier where it has a weight."""
         size = self.config.representation
+<<<<<<< HEAD
         heads: dict[str, nn.Module] = {"representation": RepresentationHead(channels.joined, size.dim, size.hidden)}
+=======
+        representation = RepresentationHead(channels.joined, dim=size.dim, hidden=size.hidden)
+        heads: dict[str, nn.Module] = {"representation": representation}
+>>>>>>> b1fd60f6aab4bbef5e6e3ec4578083347570d2ae
         if self.config.auxiliary_weight > 0.0:
             if channels.middle is None:
                 raise ConfigError(
                     "method.auxiliary_weight must be 0 with an encoder that has no map before its last; got "
                     f"{self.config.auxiliary_weight}. Set it to 0."
                 )
-            heads["auxiliary"] = AuxiliaryHead(channels.middle, self.num_classes, _AUXILIARY_HIDDEN)
+            heads["auxiliary"] = AuxiliaryHead(channels.middle, self.num_classes)
         return heads
 
     def percents(self, step: int, steps: int, period: int) -> tuple[float, float]:
@@ -163,9 +172,9 @@ class U2PL(Method):
         )
 
         images_B3HW, num_labeled = torch.cat((batch.image_L3HW, mixed_U3HW)), len(batch.image_L3HW)
-        student = self._see(context.student, images_B3HW, batch, context, "student")
+        student = _see(context.student, images_B3HW, batch, context, "student")
         with torch.no_grad(), _in_train_mode(teacher):
-            taught = self._see(teacher, images_B3HW, batch, context, "teacher")
+            taught = _see(teacher, images_B3HW, batch, context, "teacher")
         if config.entropy_source == "mixed":
             entropy_UHW = entropy(taught.prediction.logits_BKHW[num_labeled:])
 
@@ -189,19 +198,24 @@ class U2PL(Method):
         self.contrast.remember(taught.representation_BDhw, cells, batch, context)
         contrastive = self.contrast.loss(student.representation_BDhw, taught.representation_BDhw, cells, batch, context)
         return {
+<<<<<<< HEAD
             **self._labeled_terms(student.prediction, batch, context),
             "consistency": self._consistency(unlabeled.logits_BKHW, label_UHW, kept_UHW, weight_UHW, context),
+=======
+            **self._labeled_terms(student, batch, context),
+            "consistency": self._consistency(student.prediction, label_UHW, kept_UHW, context),
+>>>>>>> b1fd60f6aab4bbef5e6e3ec4578083347570d2ae
             "contrastive": unsupervised(contrastive, config.contrast.weight),
         }
 
     def _labeled_alone(self, batch: SemiBatch, context: StepContext) -> dict[str, Objective]:
         """Warm-up: the same terms and scalars, of which one alone teaches; every head has its (zero) gradient."""
-        view = self._see(context.student, batch.image_L3HW, batch, context, "student")
+        view = _see(context.student, batch.image_L3HW, batch, context, "student")
         zero = view.prediction.logits_BKHW.new_zeros((), dtype=torch.float32)
         context.observe("kept_ratio", zero)
         context.observe("entropy_limit", zero)
         return {
-            **self._labeled_terms(view.prediction, batch, context),
+            **self._labeled_terms(view, batch, context),
             "consistency": unsupervised((zero, zero), self.config.unsupervised_weight),
             "contrastive": unsupervised((view.representation_BDhw.sum() * 0.0, zero), self.config.contrast.weight),
         }
@@ -214,22 +228,32 @@ class U2PL(Method):
         boxes_U4 = half_boxes(context.uniform(batch.slots_U, "cutmix/box", 3), height, width) * mixed_U1
         return paste_all(boxes_U4, tensors, [next_in_group(tensor, group) for tensor in tensors])
 
+<<<<<<< HEAD
     def _see(self, network: Segmentor, images_B3HW: Tensor, batch: SemiBatch, context: StepContext, name: str) -> _View:
         keep = _keeper(batch, context, len(images_B3HW), name)
         prediction = network(images_B3HW, keep)
         return _View(prediction, network.heads["representation"](prediction.joined_BDhw, keep))
 
     def _labeled_terms(self, view: Prediction, batch: SemiBatch, context: StepContext) -> dict[str, Objective]:
+=======
+    def _labeled_terms(self, view: _View, batch: SemiBatch, context: StepContext) -> dict[str, Objective]:
+>>>>>>> b1fd60f6aab4bbef5e6e3ec4578083347570d2ae
         num_labeled, size = len(batch.image_L3HW), batch.label_LHW.shape[1:]
 
         def loss(logits_BKHW: Tensor) -> tuple[Tensor, Tensor]:
             return labeled_loss(self.config.criterion, logits_BKHW[:num_labeled], batch.label_LHW, context.across)
 
-        terms = {"supervised": supervised(loss(view.logits_BKHW), weight=1.0)}
+        terms = {"supervised": supervised(loss(view.prediction.logits_BKHW), weight=1.0)}
         if self.config.auxiliary_weight > 0.0:
+<<<<<<< HEAD
             assert view.features.middle_BDhw is not None  # `heads` refuses an encoder without it
             keep = _keeper(batch, context, len(view.logits_BKHW), "student")
             scores_BKhw = context.student.heads["auxiliary"](view.features.middle_BDhw, keep)
+=======
+            middle_BDhw = view.prediction.features.middle_BDhw
+            assert middle_BDhw is not None  # `heads` refuses an encoder without it
+            scores_BKhw = context.student.heads["auxiliary"](middle_BDhw, view.keep)
+>>>>>>> b1fd60f6aab4bbef5e6e3ec4578083347570d2ae
             terms["auxiliary"] = supervised(loss(resize(scores_BKhw, size)), self.config.auxiliary_weight)
         return terms
 
@@ -243,6 +267,7 @@ class U2PL(Method):
         return unsupervised((total * inverse_share, normaliser), self.config.unsupervised_weight)
 
 
+<<<<<<< HEAD
 def _keeper(batch: SemiBatch, context: StepContext, num_images: int, network: str) -> Keep:
     """Dropout factors of a network's pass over the labeled images and, where they are in it, the unlabeled ones."""
 
@@ -253,6 +278,19 @@ def _keeper(batch: SemiBatch, context: StepContext, num_images: int, network: st
         return torch.cat(rows)
 
     return keep
+=======
+def _see(network: Segmentor, images_B3HW: Tensor, batch: SemiBatch, context: StepContext, name: str) -> _View:
+    """A pass with dropout over the labeled images and, where there are more, the mixed ones."""
+
+    def keep(place: str, channels: int) -> Tensor:
+        rows = [context.keep(batch.slots_L, f"{name}/{place}/labeled", channels, _DROP)]
+        if len(images_B3HW) > len(batch.slots_L):
+            rows.append(context.keep(batch.slots_U, f"{name}/{place}/unlabeled", channels, _DROP))
+        return torch.cat(rows)
+
+    prediction = network.decode(network.encode(images_B3HW), images_B3HW.shape[-2:], keep)
+    return _View(prediction, network.heads["representation"](prediction.joined_BDhw, keep), keep)
+>>>>>>> b1fd60f6aab4bbef5e6e3ec4578083347570d2ae
 
 
 @contextmanager

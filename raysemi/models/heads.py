@@ -1,4 +1,4 @@
-"""Heads that a method asks for, beside the decoder; nothing of them runs at inference.
+"""Projection heads that a method asks for, beside the decoder; nothing of them runs at inference.
 
 Axes: B images, C channels of the map that is read, D projected channels, K classes, h x w its cells.
 """
