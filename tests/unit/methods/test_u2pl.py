@@ -367,8 +367,9 @@ def test_the_auxiliary_classifier_learns_from_labels():
 def test_the_teacher_is_the_student_in_the_first_semi_supervised_period(scenes, tmp_path):
     """u2pl.md section 9, with the real trainer: 2 steps of warm-up, 2 copied, then an average of weights alone."""
     config = tiny_run(
-        scenes, tmp_path / "run", "u2pl", "train.steps=20", "method.representation.hidden=6",
-        "method.representation.dim=8", "method.queue.size=50", "method.queue.first_size=60",
+        scenes, tmp_path / "run", "u2pl", "train.steps=20", "model.name=deeplabv3plus_wide",
+        "method.representation.hidden=6", "method.representation.dim=8", "method.queue.size=50",
+        "method.queue.first_size=60",
     )  # fmt: skip
     student, learner = build_run(config, 7)
     trainer = Trainer(
