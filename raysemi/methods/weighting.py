@@ -216,7 +216,9 @@ class RankWeighting(Weighting):
             chosen.append(self._choose(one.seen, one.label_UHW, one.reliable_UHW, batch.slots_U, name, context))
         # one collective of fixed size: a class that one rank alone has seen, or none, changes no shape
         rows = [len(part) for part in chosen]
-        parts = [part_WBKX.flatten(0, 1) for part_WBKX in context.across.gather(torch.cat(chosen)).split(rows, dim=1)]
+        with torch.autocast(batch.slots_L.device.type, enabled=False):  # which refuses to join half-precision tensors
+            joined_WBKX = context.across.gather(torch.cat(chosen))
+        parts = [part_WBKX.flatten(0, 1) for part_WBKX in joined_WBKX.split(rows, dim=1)]
         self._insert(self.labeled, parts[0])
         if len(parts) > 1:
             self._insert(self.unlabeled, torch.cat(parts[1:]))
@@ -242,7 +244,7 @@ class RankWeighting(Weighting):
         vectors_BKmD = at_cells(penultimate_BDhw.detach(), chosen_BKm)
         draw_BK = context.uniform(slots_B, f"weighting/{name}/cut", self.num_classes)
         extra_BK2 = torch.stack((count_BK.to(draw_BK.dtype), draw_BK), dim=2)
-        return torch.cat((vectors_BKmD.flatten(2).half(), extra_BK2.half()), dim=2)
+        return torch.cat((vectors_BKmD.flatten(2).float(), extra_BK2), dim=2).half()
 
     def _insert(self, memory: ClassQueues, packed_GKX: Tensor) -> None:
         """Into one memory; of more than `per_step` vectors of a class, those of the slots with the smallest draws."""

@@ -353,3 +353,11 @@ def test_config_refuses():
         RankWeightingConfig(per_image=8, per_step=4)
     assert RankWeightingConfig(preset="released").offset == 1.0
     assert RankWeightingConfig(preset="released", offset=0.5).offset == 0.5
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_it_runs_under_autocast(name):
+    with torch.autocast("cpu", torch.bfloat16):
+        terms, seen = objectives(name, rank(confidence=0.1))
+    assert seen["weight"].dtype == torch.float32
+    assert all(term.total.isfinite() for term in terms.values())
