@@ -20,11 +20,8 @@ from raysemi.engine.optim import OptimConfig
 from raysemi.engine.trainer import TrainConfig
 from raysemi.errors import ConfigError
 from raysemi.methods import METHODS
-<<<<<<< HEAD
 from raysemi.methods.base import group_size
 from raysemi.methods.weighting import NoWeightingConfig, WeightingConfig
-=======
->>>>>>> b1fd60f6aab4bbef5e6e3ec4578083347570d2ae
 from raysemi.models.encoders import PATCH
 from raysemi.models.segmentor import ModelConfig
 
@@ -229,15 +226,9 @@ def _shares(
             f"Set it to {_next_multiple(labeled, world)}, or use another number of ranks."
         )
     one_norm = gpu and world > 1  # SyncBatchNorm: only several GPUs have it
-<<<<<<< HEAD
-    # a method may begin with the labeled images alone
-    joined = uses_unlabeled(method, data) and not getattr(method, "warmup_periods", 0)
-    normalises = model.batch_norm == "train" and model.name != "dpt"  # which has no BatchNorm
-=======
     normalises = model.batch_norm == "train" and model.name != "dpt"  # which has no BatchNorm
     # a method may begin with the labeled images alone
     joined = uses_unlabeled(method, data) and not getattr(method, "warmup_periods", 0)
->>>>>>> b1fd60f6aab4bbef5e6e3ec4578083347570d2ae
     if labeled == world and normalises and not (joined or one_norm):
         yield (
             "train.batch.labeled must give each rank at least 2 images, since BatchNorm cannot normalise the decoder's "
@@ -258,11 +249,7 @@ def _shares(
 
 
 def _groups(group: int | None, unlabeled: int, world: int) -> Iterator[str]:
-<<<<<<< HEAD
     size = max(2, group_size(group, unlabeled))  # a single image has no partner
-=======
-    size = group or max(2, min(unlabeled, 4))  # null in the methods
->>>>>>> b1fd60f6aab4bbef5e6e3ec4578083347570d2ae
     if unlabeled % (size * world) == 0:
         return
     share = unlabeled // world

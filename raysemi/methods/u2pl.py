@@ -32,10 +32,7 @@ from raysemi.data.types import SemiBatch
 from raysemi.errors import ConfigError
 from raysemi.methods.base import Average, Method, StepContext, group_size
 from raysemi.methods.pixel_contrast import Cells, ContrastConfig, PixelContrast, QueueConfig
-<<<<<<< HEAD
 from raysemi.methods.weighting import UnlabeledPass
-=======
->>>>>>> b1fd60f6aab4bbef5e6e3ec4578083347570d2ae
 from raysemi.models.decoders import Keep, resize
 from raysemi.models.heads import AuxiliaryHead, RepresentationHead
 from raysemi.models.segmentor import Channels, Prediction, Segmentor
@@ -135,12 +132,8 @@ class U2PL(Method):
     def heads(self, channels: Channels) -> dict[str, nn.Module]:
         """The representation, and the auxiliary classifier where it has a weight."""
         size = self.config.representation
-<<<<<<< HEAD
-        heads: dict[str, nn.Module] = {"representation": RepresentationHead(channels.joined, size.dim, size.hidden)}
-=======
         representation = RepresentationHead(channels.joined, dim=size.dim, hidden=size.hidden)
         heads: dict[str, nn.Module] = {"representation": representation}
->>>>>>> b1fd60f6aab4bbef5e6e3ec4578083347570d2ae
         if self.config.auxiliary_weight > 0.0:
             if channels.middle is None:
                 raise ConfigError(
@@ -198,13 +191,8 @@ class U2PL(Method):
         self.contrast.remember(taught.representation_BDhw, cells, batch, context)
         contrastive = self.contrast.loss(student.representation_BDhw, taught.representation_BDhw, cells, batch, context)
         return {
-<<<<<<< HEAD
-            **self._labeled_terms(student.prediction, batch, context),
-            "consistency": self._consistency(unlabeled.logits_BKHW, label_UHW, kept_UHW, weight_UHW, context),
-=======
             **self._labeled_terms(student, batch, context),
-            "consistency": self._consistency(student.prediction, label_UHW, kept_UHW, context),
->>>>>>> b1fd60f6aab4bbef5e6e3ec4578083347570d2ae
+            "consistency": self._consistency(unlabeled.logits_BKHW, label_UHW, kept_UHW, weight_UHW, context),
             "contrastive": unsupervised(contrastive, config.contrast.weight),
         }
 
@@ -228,16 +216,7 @@ class U2PL(Method):
         boxes_U4 = half_boxes(context.uniform(batch.slots_U, "cutmix/box", 3), height, width) * mixed_U1
         return paste_all(boxes_U4, tensors, [next_in_group(tensor, group) for tensor in tensors])
 
-<<<<<<< HEAD
-    def _see(self, network: Segmentor, images_B3HW: Tensor, batch: SemiBatch, context: StepContext, name: str) -> _View:
-        keep = _keeper(batch, context, len(images_B3HW), name)
-        prediction = network(images_B3HW, keep)
-        return _View(prediction, network.heads["representation"](prediction.joined_BDhw, keep))
-
-    def _labeled_terms(self, view: Prediction, batch: SemiBatch, context: StepContext) -> dict[str, Objective]:
-=======
     def _labeled_terms(self, view: _View, batch: SemiBatch, context: StepContext) -> dict[str, Objective]:
->>>>>>> b1fd60f6aab4bbef5e6e3ec4578083347570d2ae
         num_labeled, size = len(batch.image_L3HW), batch.label_LHW.shape[1:]
 
         def loss(logits_BKHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -245,15 +224,9 @@ class U2PL(Method):
 
         terms = {"supervised": supervised(loss(view.prediction.logits_BKHW), weight=1.0)}
         if self.config.auxiliary_weight > 0.0:
-<<<<<<< HEAD
-            assert view.features.middle_BDhw is not None  # `heads` refuses an encoder without it
-            keep = _keeper(batch, context, len(view.logits_BKHW), "student")
-            scores_BKhw = context.student.heads["auxiliary"](view.features.middle_BDhw, keep)
-=======
             middle_BDhw = view.prediction.features.middle_BDhw
             assert middle_BDhw is not None  # `heads` refuses an encoder without it
             scores_BKhw = context.student.heads["auxiliary"](middle_BDhw, view.keep)
->>>>>>> b1fd60f6aab4bbef5e6e3ec4578083347570d2ae
             terms["auxiliary"] = supervised(loss(resize(scores_BKhw, size)), self.config.auxiliary_weight)
         return terms
 
@@ -267,18 +240,6 @@ class U2PL(Method):
         return unsupervised((total * inverse_share, normaliser), self.config.unsupervised_weight)
 
 
-<<<<<<< HEAD
-def _keeper(batch: SemiBatch, context: StepContext, num_images: int, network: str) -> Keep:
-    """Dropout factors of a network's pass over the labeled images and, where they are in it, the unlabeled ones."""
-
-    def keep(name: str, channels: int) -> Tensor:
-        rows = [context.keep(batch.slots_L, f"{network}/{name}/labeled", channels, _DROP)]
-        if num_images > len(batch.slots_L):
-            rows.append(context.keep(batch.slots_U, f"{network}/{name}/unlabeled", channels, _DROP))
-        return torch.cat(rows)
-
-    return keep
-=======
 def _see(network: Segmentor, images_B3HW: Tensor, batch: SemiBatch, context: StepContext, name: str) -> _View:
     """A pass with dropout over the labeled images and, where there are more, the mixed ones."""
 
@@ -290,7 +251,6 @@ def _see(network: Segmentor, images_B3HW: Tensor, batch: SemiBatch, context: Ste
 
     prediction = network.decode(network.encode(images_B3HW), images_B3HW.shape[-2:], keep)
     return _View(prediction, network.heads["representation"](prediction.joined_BDhw, keep), keep)
->>>>>>> b1fd60f6aab4bbef5e6e3ec4578083347570d2ae
 
 
 @contextmanager

@@ -210,9 +210,9 @@ class Segmentor(nn.Module):
         logits_BKHW = resize(resize(logits_BKhw, self.seen_size(size)), size)
         return Prediction(logits_BKHW, features, penultimate_BDhw, joined_BDhw)
 
-    def forward(self, images_B3HW: Tensor, keep: Keep | None = None) -> Prediction:
-        """Prediction for RGB images in [0, 1], float, any size; `keep` as in `decode`."""
-        return self.decode(self.encode(images_B3HW), images_B3HW.shape[-2:], keep)
+    def forward(self, images_B3HW: Tensor) -> Prediction:
+        """Prediction for RGB images in [0, 1], float, any size."""
+        return self.decode(self.encode(images_B3HW), images_B3HW.shape[-2:])
 
 
 def build_segmentor(

@@ -47,15 +47,8 @@ class Says(nn.Module):
     def decode(self, features, size, keep=None):
         return Prediction(features.high_BDhw, features, features.high_BDhw, features.high_BDhw)
 
-<<<<<<< HEAD
-    def forward(self, images_B3HW, keep=None):
-        self.seen.append((self.training, images_B3HW))
-        logits_BKHW = torch.cat((self.labeled_LKHW, self.unlabeled_UKHW))[-len(images_B3HW) :]
-        return Prediction(logits_BKHW, Features((logits_BKHW,)), logits_BKHW, logits_BKHW)
-=======
     def forward(self, images_B3HW):
         return self.decode(self.encode(images_B3HW), images_B3HW.shape[-2:])
->>>>>>> b1fd60f6aab4bbef5e6e3ec4578083347570d2ae
 
 
 def with_entropy(wanted):
