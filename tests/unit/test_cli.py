@@ -58,7 +58,19 @@ def test_help_loads_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0
     assert done.stdout.strip().endswith("[]")
-    for command in ("pack", "index", "verify", "plan", "train", "evaluate", "predict", "report", "doctor", "demo", "methods"):
+    for command in (
+        "pack",
+        "index",
+        "verify",
+        "plan",
+        "train",
+        "evaluate",
+        "predict",
+        "report",
+        "doctor",
+        "demo",
+        "methods",
+    ):
         assert f" {command} " in done.stdout
 
 

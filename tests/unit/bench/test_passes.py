@@ -72,7 +72,8 @@ def test_the_floor_makes_the_same_passes_and_changes_the_same_things(method):
     floor = Floor(made.trainer, passes)
     before = {name: value.clone() for name, value in made.trainer.student.state_dict().items()}
     assert [replace(one, perturbed=0) for one in record(made.trainer, floor)] == [
-        replace(one, perturbed=0) for one in passes  # its features are random: none is an encoder's
+        replace(one, perturbed=0)
+        for one in passes  # its features are random: none is an encoder's
     ]
     after = made.trainer.student.state_dict()
     assert any(not torch.equal(before[name], value) for name, value in after.items() if name.endswith("running_mean"))
@@ -120,4 +121,3 @@ def test_recording_leaves_the_networks_as_they_were():
     for network in (made.trainer.student, made.trainer.average.model):
         assert not {"encode", "decode"} & vars(network).keys()
         assert not any(head._forward_hooks for head in network.heads.values())
-
