@@ -34,6 +34,8 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)  ## measurements, one JSON line each; docs/results.md keeps what was measured
 	for script in tests/bench/*.py; do $(BIN)/python $$script || exit 1; done
+	for method in supervised fixmatch derprop; do $(BIN)/raysemi bench step --method $$method \
+		--backbone tf_efficientnet_lite0 --crop 97 --batch 2 --threads 1 --json || exit 1; done
 
 requirements: $(INSTALLED)  ## pin again, without any index address
 	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \

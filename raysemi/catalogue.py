@@ -1,4 +1,4 @@
-"""What there is to choose from: the methods and all of their settings, read from the registry and the config classes."""
+"""What there is to choose from: the methods and all of their settings, read from registry and config classes."""
 
 from __future__ import annotations
 
@@ -109,7 +109,8 @@ def _method(name: str) -> tuple[Config, Method]:
     if name not in METHODS:
         known = names()
         raise ConfigError(
-            f"method must be one of {', '.join(known)}; got {name}. {did_you_mean(name, known) or 'Choose one of these.'}"
+            f"method must be one of {', '.join(known)}; got {name}. "
+            f"{did_you_mean(name, known) or 'Choose one of these.'}"
         )
     config, kind = METHODS[name]
     return config(), kind(config(), _CLASSES)

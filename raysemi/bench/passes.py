@@ -57,7 +57,7 @@ class Pass:
     part: str
     """encoder, decoder, or the name of an extra head."""
     inputs: tuple[Any, ...]
-    """encoder: the images. decoder: the maps. head: its arguments, and those by name. A `Like` stands for each tensor."""
+    """encoder: images. decoder: maps. head: arguments, and those by name. A `Like` stands for each tensor."""
     size: tuple[int, int] | None
     """decoder: height and width of the logits."""
     training: bool

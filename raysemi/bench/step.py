@@ -1,8 +1,8 @@
 """`raysemi bench step`: a whole train step against its floor, the network passes that the method needs.
 
-Both run in turns in one process on the same networks, so that whatever else keeps the machine busy meets both. The batch
-is made of drawn scenes; weights are random. Every step is the same one from the middle of a run, where ramps and delayed
-terms are on.
+Both run in turns in one process on the same networks, so that whatever else keeps the machine busy meets both. The
+batch is made of drawn scenes; weights are random. Every step is the same one from the middle of a run, where ramps and
+delayed terms are on.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""torch.compile for the parts of a network, in place: names of weights, copies, checkpoints and wrappers stay as they are.
+"""torch.compile for the parts of a network, in place: weights keep their names, copies and wrappers see no difference.
 
 A method may call encoder, decoder and heads each by itself, so each is compiled by itself; a part that is compiled is
 still the module it was. One program is made for each shape and mode that a step needs: two to four a network.
@@ -21,7 +21,7 @@ BACKEND_VARIABLE = "RAYSEMI_COMPILE_BACKEND"
 def compile_parts(network: Segmentor) -> None:
     """Lets encoder, decoder and heads run compiled from their next call on; a later copy of the network is not."""
     # gradients=pareto runs two backward passes through one graph, whose buffers the first must not take for its own
-    torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]
+    torch._functorch.config.donated_buffer = False
     backend = os.environ.get(BACKEND_VARIABLE, "inductor")
     for part in (network.encoder, network.decoder, *network.heads.values()):
         part.compile(backend=backend, dynamic=False)

@@ -17,9 +17,6 @@ from raysemi.launch.restore import build
 from raysemi.methods import METHODS
 from raysemi.methods.base import SingleRank
 
-# the compiler looks at .grad of what lies between encoder and decoder, and says so itself
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-
 SETTINGS = {
     "fixmatch": ["method.threshold=0.145"],
     "derprop": ["method.threshold.initial=0.145", "method.cutmix.partner=momentum_view"],
