@@ -218,10 +218,10 @@ class RankWeighting(Weighting):
         rows = [len(part) for part in chosen]
         with torch.autocast(batch.slots_L.device.type, enabled=False):  # which refuses to join half-precision tensors
             joined_WBKX = context.across.gather(torch.cat(chosen))
-        parts = [part_WBKX.flatten(0, 1) for part_WBKX in joined_WBKX.split(rows, dim=1)]
-        self._insert(self.labeled, parts[0])
-        if len(parts) > 1:
-            self._insert(self.unlabeled, torch.cat(parts[1:]))
+            labeled_GKX, *others = [part_WBKX.flatten(0, 1) for part_WBKX in joined_WBKX.split(rows, dim=1)]
+            self._insert(self.labeled, labeled_GKX)
+            if others:
+                self._insert(self.unlabeled, torch.cat(others))
         self.step.fill_(context.step)
 
     def _choose(
