@@ -33,7 +33,7 @@ from raysemi.errors import ConfigError
 from raysemi.methods.base import Average, Method, StepContext, group_size
 from raysemi.methods.pixel_contrast import Cells, ContrastConfig, PixelContrast, QueueConfig
 from raysemi.methods.weighting import UnlabeledPass
-from raysemi.models.decoders import Keep, resize
+from raysemi.models.decoders import Keep, dropouts, resize
 from raysemi.models.heads import AuxiliaryHead, RepresentationHead
 from raysemi.models.segmentor import Channels, Prediction, Segmentor
 from raysemi.ops.entropy import entropy, percentiles
@@ -243,11 +243,15 @@ class U2PL(Method):
 def _see(network: Segmentor, images_B3HW: Tensor, batch: SemiBatch, context: StepContext, name: str) -> _View:
     """A pass with dropout over the labeled images and, where there are more, the mixed ones."""
 
-    def keep(place: str, channels: int) -> Tensor:
+    drawn: dict[str, Tensor] = {}
+    for place, channels in dropouts(network).items():
         rows = [context.keep(batch.slots_L, f"{name}/{place}/labeled", channels, _DROP)]
         if len(images_B3HW) > len(batch.slots_L):
             rows.append(context.keep(batch.slots_U, f"{name}/{place}/unlabeled", channels, _DROP))
-        return torch.cat(rows)
+        drawn[place] = torch.cat(rows)
+
+    def keep(place: str, _: int) -> Tensor:
+        return drawn[place]
 
     prediction = network.decode(network.encode(images_B3HW), images_B3HW.shape[-2:], keep)
     return _View(prediction, network.heads["representation"](prediction.joined_BDhw, keep), keep)

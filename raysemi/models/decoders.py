@@ -25,6 +25,17 @@ def dropout(x_BDhw: Tensor, keep: Keep | None, name: str) -> Tensor:
     return x_BDhw * keep(name, x_BDhw.shape[1])[:, :, None, None].to(x_BDhw.dtype)
 
 
+def dropouts(network: nn.Module) -> dict[str, int]:
+    """Every dropout of a network, decoder and heads, by name, with the channels on which it acts.
+
+    Who draws them all before a pass keeps the drawing out of parts that torch.compile has made.
+    """
+    found: dict[str, int] = {}
+    for part in network.modules():
+        found |= getattr(part, "dropouts", {})
+    return found
+
+
 def resize(x_BDhw: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear, corners aligned; a map that has the size already is returned as it is."""
     if tuple(x_BDhw.shape[-2:]) == tuple(size):
@@ -139,6 +150,7 @@ class WideDeepLabV3Plus(nn.Module):
         self.classifier = nn.Conv2d(channels, num_classes, 1)
         self.joined_channels = low_channels + channels
         self.penultimate_channels = channels
+        self.dropouts = dict.fromkeys(("decoder/high", "decoder/first", "decoder/penultimate"), channels)
 
     def forward(self, maps: Sequence[Tensor], keep: Keep | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Low and high map -> (logits_BKhw, penultimate_BDhw, joined_BDhw), all at the size of the low map."""

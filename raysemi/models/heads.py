@@ -69,6 +69,7 @@ class RepresentationHead(nn.Module):
         self.first = convolution(in_channels, hidden, 3, bias=True)
         self.second = convolution(hidden, hidden, 3, bias=True)
         self.project = nn.Conv2d(hidden, dim, kernel_size=1)
+        self.dropouts = {"representation/first": hidden, "representation/second": hidden}
 
     def forward(self, joined_BChw: Tensor, keep: Keep | None = None) -> Tensor:
         """The decoder's joined map -> [B, D, h, w]."""
@@ -96,6 +97,7 @@ class AuxiliaryHead(nn.Module):
         super().__init__()
         self.reduce = convolution(in_channels, hidden, 3, bias=True)
         self.classifier = nn.Conv2d(hidden, num_classes, kernel_size=1)
+        self.dropouts = {"auxiliary": hidden}
 
     def forward(self, middle_BChw: Tensor, keep: Keep | None = None) -> Tensor:
         """The map -> logits [B, K, h, w]."""

@@ -49,10 +49,10 @@ def graphs():
 
 
 def numbers(scenes, tmp_path, method, compiled):
-    """Losses of three steps, and the state after them."""
+    """Losses of two steps, and the state after them."""
     trainer, stream = trainer_of(scenes, tmp_path, method, compiled)
     assert graphs() == 0
-    values = [trainer.train_step(host) for host in stream(0, 3)]
+    values = [trainer.train_step(host) for host in stream(0, 2)]
     losses = {f"{step} {name}": float(value) for step, of_step in enumerate(values) for name, value in of_step.items()}
     state = trainer.snapshot().tensors
     return losses, {f"{stem}/{name}": value for stem, tensors in state.items() for name, value in tensors.items()}
