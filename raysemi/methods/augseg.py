@@ -147,10 +147,7 @@ class AugSeg(Method):
         confidence_UHW, pseudo_UHW = confidence_and_label(weak.logits_BKHW)
         sure_U = image_confidence(weak.logits_BKHW, batch.valid_UHW)
         trusted_UHW = (confidence_UHW >= config.threshold) & batch.valid_UHW
-        context.observe("pseudo", pseudo_UHW)
-        context.observe("confidence", confidence_UHW)
-        context.observe("trusted", trusted_UHW)
-        context.observe("kept_ratio", trusted_UHW.sum() / batch.valid_UHW.sum().clamp(min=1))
+        context.observe_labels(pseudo_UHW, confidence_UHW, trusted_UHW, batch.valid_UHW)
         context.observe("image_confidence", sure_U.mean())
 
         # padding has no label, wherever it is pasted; labels are certain, and weigh 1

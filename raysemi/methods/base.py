@@ -115,6 +115,21 @@ class StepContext:
         if self.listener is not None:
             self.listener(name, value.detach())
 
+    def observe_labels(self, pseudo_UHW: Tensor, confidence_UHW: Tensor, kept_UHW: Tensor, valid_UHW: Tensor) -> None:
+        """Hands out what unlabeled images are taught: maps of the un-mixed weak views, and the share that is kept.
+
+        Args:
+            pseudo_UHW: int64 labels.
+            confidence_UHW: of the labels.
+            kept_UHW: bool, pixels that are trusted.
+            valid_UHW: bool, False where padded.
+        """
+        if self.listener is not None:
+            maps = {"pseudo": pseudo_UHW, "confidence": confidence_UHW, "trusted": kept_UHW}
+            for name, map_UHW in maps.items():
+                self.observe(name, map_UHW)
+            self.observe("kept_ratio", kept_UHW.sum() / valid_UHW.sum().clamp(min=1))
+
     def uniform(self, slots_B: Tensor, name: str, count: int) -> Tensor:
         """Numbers in [0, 1) of (seed, step, slot, name): float32 [B, count] on the device of `slots_B`."""
         return draws.uniform(self.seed, self.step, slots_B, name, count)

@@ -23,23 +23,19 @@ from torch import Tensor, nn
 from raysemi.base import Config, choices, merged, search
 from raysemi.data.types import SemiBatch
 from raysemi.methods.base import Average, Method, StepContext
+from raysemi.methods.passes import HIDDEN, Projections, View, strong_pass, weak_pass
 from raysemi.methods.propagation import (
-    HIDDEN,
     CutMixConfig,
     FeaturePerturbationConfig,
     KlTarget,
-    Projections,
     RegionConfig,
     ThresholdConfig,
-    View,
     labeled_pair,
     lessons,
     observe_taught,
     propagated,
     soft_targets,
-    strong_pass,
     teach,
-    weak_pass,
 )
 from raysemi.models.heads import CorrelationHead
 from raysemi.models.segmentor import Channels

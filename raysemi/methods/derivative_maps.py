@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from raysemi.base import Config, choices, search
-from raysemi.methods.propagation import Projections
+from raysemi.methods.passes import Projections
 from raysemi.ops import similarity
 from raysemi.ops.losses import IGNORE
 

@@ -30,8 +30,8 @@ from raysemi.data.types import SemiBatch
 from raysemi.errors import ConfigError
 from raysemi.methods.base import Average, Method, StepContext
 from raysemi.methods.derivative_maps import DerivativeConfig, DerivativeMaps, PropagationConfig
+from raysemi.methods.passes import HIDDEN, View, labeled_and_strong_pass, momentum_pass, strong_pass, weak_pass
 from raysemi.methods.propagation import (
-    HIDDEN,
     CutMixConfig,
     FeaturePerturbationConfig,
     KlTarget,
@@ -40,17 +40,12 @@ from raysemi.methods.propagation import (
     RegionConfig,
     Taught,
     ThresholdConfig,
-    View,
-    labeled_and_strong_pass,
     labeled_pair,
     lessons,
-    momentum_pass,
     observe_taught,
     propagated,
     soft_targets,
-    strong_pass,
     teach,
-    weak_pass,
 )
 from raysemi.models.decoders import resize
 from raysemi.models.heads import CorrelationHead

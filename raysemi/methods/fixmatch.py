@@ -55,10 +55,7 @@ class FixMatch(Method):
             weak = context.teacher(batch.weak_U3HW)
         confidence_UHW, pseudo_UHW = confidence_and_label(weak.logits_BKHW)
         trusted_UHW = (confidence_UHW >= self.threshold) & batch.valid_UHW
-        context.observe("pseudo", pseudo_UHW)
-        context.observe("confidence", confidence_UHW)
-        context.observe("trusted", trusted_UHW)
-        context.observe("kept_ratio", trusted_UHW.sum() / batch.valid_UHW.sum().clamp(min=1))
+        context.observe_labels(pseudo_UHW, confidence_UHW, trusted_UHW, batch.valid_UHW)
 
         # CutMix: what is pasted from the partner slot is pasted everywhere, or the target belongs to another image
         reliable_UHW = self.weighting.reliable(pseudo_UHW, confidence_UHW, batch)

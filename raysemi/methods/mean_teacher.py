@@ -52,9 +52,7 @@ class MeanTeacher(Method):
         with torch.no_grad():
             weak = context.teacher(batch.weak_U3HW)
         confidence_UHW, pseudo_UHW = confidence_and_label(weak.logits_BKHW)
-        context.observe("pseudo", pseudo_UHW)
-        context.observe("confidence", confidence_UHW)
-        context.observe("trusted", batch.valid_UHW)
+        context.observe_labels(pseudo_UHW, confidence_UHW, batch.valid_UHW, batch.valid_UHW)
 
         images = torch.cat((batch.image_L3HW, batch.strong_VU3HW[0]))  # one pass: both share BatchNorm's statistics
         sizes = [len(batch.image_L3HW), len(batch.weak_U3HW)]

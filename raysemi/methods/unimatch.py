@@ -79,10 +79,7 @@ class UniMatch(Method):
         labeled, weak, perturbed = self._weak_pass(batch, context)
         confidence_UHW, pseudo_UHW = confidence_and_label(weak.logits_BKHW)
         trusted_UHW = (confidence_UHW >= config.threshold) & batch.valid_UHW
-        context.observe("pseudo", pseudo_UHW)
-        context.observe("confidence", confidence_UHW)
-        context.observe("trusted", trusted_UHW)
-        context.observe("kept_ratio", trusted_UHW.sum() / batch.valid_UHW.sum().clamp(min=1))
+        context.observe_labels(pseudo_UHW, confidence_UHW, trusted_UHW, batch.valid_UHW)
 
         own = pseudo_UHW, trusted_UHW, batch.valid_UHW, self.weighting.reliable(pseudo_UHW, confidence_UHW, batch)
         theirs = self._partners(batch, context, own)

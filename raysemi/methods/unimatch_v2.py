@@ -61,10 +61,7 @@ class UniMatchV2(Method):
             weak = context.teacher(batch.weak_U3HW)
         confidence_UHW, pseudo_UHW = confidence_and_label(weak.logits_BKHW)
         trusted_UHW = (confidence_UHW >= config.threshold) & batch.valid_UHW
-        context.observe("pseudo", pseudo_UHW)
-        context.observe("confidence", confidence_UHW)
-        context.observe("trusted", trusted_UHW)
-        context.observe("kept_ratio", trusted_UHW.sum() / batch.valid_UHW.sum().clamp(min=1))
+        context.observe_labels(pseudo_UHW, confidence_UHW, trusted_UHW, batch.valid_UHW)
 
         mixed = [
             paste(boxes_U4, strong_U3HW, pseudo_UHW, trusted_UHW, batch.valid_UHW)

@@ -203,7 +203,7 @@ def test_two_ranks_equal_one(traces, case):
 
 def test_the_memories_of_rank_weighting_are_filled(traces):
     for memory in MEMORIES:
-        assert (traces["fixmatch-rank"][0]["buffers"][f"weighting.{memory}.inserted_K"] > 0).sum() > 1
+        assert traces["fixmatch-rank"][0]["buffers"][f"weighting.{memory}.inserted_K"].sum() > 0
     weighted, plain = (traces[case][0]["losses"] for case in ("fixmatch-rank", "fixmatch"))
     assert weighted[0]["loss/supervised"] == plain[0]["loss/supervised"]
     assert weighted[0]["loss/consistency"] < 0.9 * plain[0]["loss/consistency"]

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from raysemi.methods.base import Average
 from raysemi.methods.corrmatch import PRESETS, CorrMatch, CorrMatchConfig
+from raysemi.methods.passes import Projections, View
 from raysemi.ops.similarity import collect, propagate
 
 CLASSES = 5
@@ -106,8 +107,6 @@ def dense(method, student, images):
 def test_logits_spread_along_the_dense_map(scale, norm, dim):
     method, student = build(corr={"scale": scale, "norm": norm, "dim": dim})
     assert student.heads["correlation"].first.out_channels == (dim or CLASSES)
-    from raysemi.methods.propagation import Projections, View
-
     images = semi_batch(CLASSES).weak_U3HW
     prediction = student(images)
     projections = Projections.of(*student.heads["correlation"](prediction.features.high_BDhw))
