@@ -171,6 +171,15 @@ def _pools_are_named(data: DataConfig, method: Any) -> Iterator[str]:
         )
 
 
+def _teacher_has_statistics(method: Any) -> Iterator[str]:
+    average = getattr(method, "average", None)
+    if average is not None and average.buffers == "own" and not _learner(method).trains_teacher_statistics:
+        yield (
+            f"method.average.buffers must be averaged for method {method.name}, which makes no pass that would move "
+            "the copy's own statistics; got own. Remove it."
+        )
+
+
 def _may_be_weighted(weighting: Any, method: Any, model: ModelConfig) -> Iterator[str]:
     if weighting.name == "none":
         return
@@ -281,6 +290,6 @@ def _secrets(path: str, value: Any) -> Iterator[str]:
 
 
 _RULES = (
-    *(_stop_within_steps, _pools_are_named, _may_be_weighted, _two_sides, _ranks_fit),
+    *(_stop_within_steps, _pools_are_named, _teacher_has_statistics, _may_be_weighted, _two_sides, _ranks_fit),
     *(_crop_holds_whole_patches, _window_holds_whole_patches),
 )

@@ -123,7 +123,7 @@ class PseudoQuality:
 
 
 def unlabeled_panels(look: Look, image: int, palette: Palette) -> Panels:
-    """Pictures of one unlabeled image: weak view, pseudo-labels, kept pixels, prediction, truth where it was opened."""
+    """Pictures of one unlabeled image: weak view, pseudo-labels, kept pixels, weights, prediction, truth where opened."""
     shown = (look.batch.weak_U3HW[image].permute(1, 2, 0).float().cpu().numpy() * 255).round().astype(np.uint8)
     maps = {name: values[image].cpu().numpy() for name, values in look.maps.items()}
     after = maps.get("propagated", maps.get("pseudo"))
@@ -135,6 +135,8 @@ def unlabeled_panels(look: Look, image: int, palette: Palette) -> Panels:
     if "trusted" in maps and after is not None:
         kept = np.where(maps["trusted"].astype(bool), after, IGNORE)
         panels.append(("kept pixels", encode(colour(kept, palette))))
+    if "weight" in maps:
+        panels.append(("weight", encode(grey(maps["weight"]))))
     panels.append(("prediction", encode(colour(look.predicted_UHW[image].cpu().numpy(), palette))))
     if look.truth_UHW is not None:
         panels.append(("truth", encode(colour(look.truth_UHW[image].cpu().numpy(), palette))))
@@ -159,6 +161,12 @@ def colour(labels_HW: NDArray[Any], palette: Palette) -> NDArray[np.uint8]:
     table = np.zeros((256, 3), dtype=np.uint8)
     table[: len(palette)] = palette
     return table[labels_HW.astype(np.uint8)]
+
+
+def grey(weight_HW: NDArray[Any]) -> NDArray[np.uint8]:
+    """Weights of pixels, from 0 (black) to the larger of 1 and the largest weight (white) -> uint8 RGB picture."""
+    shade_HW = (weight_HW / max(1.0, float(weight_HW.max())) * 255.0).round().astype(np.uint8)
+    return np.repeat(shade_HW[:, :, None], 3, axis=2)
 
 
 def encode(picture_HW3: NDArray[np.uint8]) -> bytes:

@@ -169,6 +169,8 @@ class Method(nn.Module, ABC):
     """True when the method needs a second random geometry of each unlabeled image."""
     weighted: bool = False
     """True when its pseudo-labeled pixels may be weighted: it asks `self.weighting`."""
+    trains_teacher_statistics: bool = False
+    """True when it makes passes with the averaged copy in train mode, as `average.buffers: own` needs."""
     unlabeled_optional: bool = False
     """True when the method also trains without an unlabeled pool; its batches then have U = 0."""
 

@@ -121,6 +121,7 @@ class U2PL(Method):
 
     strong_views = 0
     weighted = True
+    trains_teacher_statistics = True
 
     def __init__(self, config: U2PLConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)

@@ -172,6 +172,25 @@ def test_all_broken_rules_come_at_once() -> None:
         assert part in text
 
 
+def test_statistics_of_its_own_need_passes_in_train_mode() -> None:
+    own = {"average": {"kind": "ema", "buffers": "own"}}
+    assert "method.average.buffers must be averaged for method fixmatch" in refused(method={"name": "fixmatch"} | own)
+    config(method={"name": "u2pl"} | own)
+
+
+def test_rank_weighting_needs_pseudo_labels_partners_and_channels() -> None:
+    rank = {"name": "rank"}
+    assert "weighting.name must be none, since method supervised" in refused(
+        weighting=rank, method={"name": "supervised"}
+    )
+    derprop = {"name": "derprop", "cutmix": {"partner": "second_view"}}
+    assert "method.cutmix.partner must be pair with weighting rank" in refused(weighting=rank, method=derprop)
+    assert "weighting.k must be at most model.channels, 8; got 9" in refused(
+        weighting=rank | {"k": 9}, model={"channels": 8}
+    )
+    config(weighting=rank, method={"name": "derprop"})
+
+
 def test_a_group_that_is_mixed_stays_on_one_rank() -> None:
     def made(unlabeled: int, group: int | None = None) -> RunConfig:
         batch = {"labeled": 12, "unlabeled": unlabeled}

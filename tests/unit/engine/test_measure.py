@@ -9,7 +9,7 @@ import pytest
 import torch
 from makers import semi_batch
 
-from raysemi.engine.measure import LARGEST_WIDTH, Look, PseudoQuality, colour, encode
+from raysemi.engine.measure import LARGEST_WIDTH, Look, PseudoQuality, colour, encode, grey, unlabeled_panels
 
 CLASSES = ("sky", "road", "car")
 TRUTH = [[0, 0, 0, 0, 1, 1, 1, 2, 255, 0]]
@@ -80,3 +80,14 @@ def test_colours_and_pictures():
     for width, shown in ((LARGEST_WIDTH, LARGEST_WIDTH), (3 * LARGEST_WIDTH, LARGEST_WIDTH), (5, 5)):
         png = encode(np.zeros((30, width, 3), dtype=np.uint8))
         assert int.from_bytes(png[16:20], "big") == shown  # the width of a PNG's header
+
+
+def test_the_weights_stand_beside_the_kept_pixels():
+    weight = [[0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 1.0, 0.0, 0.0]]
+    palette = ((10, 20, 30), (40, 50, 60), (70, 80, 90))
+    batch = semi_batch(3)  # pictures need an image of a size that PNG holds
+    one = replace(look(**WHOLE, weight=weight), batch=replace(batch, weak_U3HW=torch.rand(1, 3, 1, 10)))
+    titles = [title for title, _ in unlabeled_panels(one, 0, palette)]
+    assert titles == ["image", "pseudo-label", "after propagation", "kept pixels", "weight", "prediction", "truth"]
+    assert grey(np.array(weight))[0, :, 1].tolist() == [0, 51, 102, 153, 204, 255, 255, 255, 0, 0]
+    assert grey(np.array([[1.0, 2.0]]))[0, :, 0].tolist() == [128, 255]  # the released form reaches 2
