@@ -123,7 +123,7 @@ class PseudoQuality:
 
 
 def unlabeled_panels(look: Look, image: int, palette: Palette) -> Panels:
-    """Pictures of one unlabeled image: weak view, pseudo-labels, kept pixels, weights, prediction, truth where opened."""
+    """Pictures of one unlabeled image: weak view, pseudo-labels, kept pixels, weights, prediction, truth if opened."""
     shown = (look.batch.weak_U3HW[image].permute(1, 2, 0).float().cpu().numpy() * 255).round().astype(np.uint8)
     maps = {name: values[image].cpu().numpy() for name, values in look.maps.items()}
     after = maps.get("propagated", maps.get("pseudo"))
