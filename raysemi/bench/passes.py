@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from raysemi.engine.compiled import as_written
 from raysemi.engine.trainer import Trainer
+from raysemi.models.decoders import Keep
 from raysemi.models.encoders import Features
 from raysemi.models.segmentor import Prediction, Segmentor
 
@@ -224,8 +225,10 @@ class _Recorder:
         self._add(name, "encoder", (images_B3HW,), network.encoder)
         return self._counted(features)
 
-    def _decode(self, name: str, network: Segmentor, features: Features, size: Any) -> Prediction:
-        prediction = Segmentor.decode(network, features, size)
+    def _decode(
+        self, name: str, network: Segmentor, features: Features, size: Any, keep: Keep | None = None
+    ) -> Prediction:
+        prediction = Segmentor.decode(network, features, size, keep)
         own = sum(self._is_encoders(name, row_Dhw) for row_Dhw in features.high_BDhw.detach())
         perturbed = len(features.high_BDhw) - own
         self._add(name, "decoder", features.maps, network.decoder, (int(size[0]), int(size[1])), perturbed)
