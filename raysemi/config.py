@@ -180,7 +180,7 @@ def _teacher_has_statistics(method: Any) -> Iterator[str]:
         )
 
 
-def _may_be_weighted(weighting: Any, method: Any, model: ModelConfig) -> Iterator[str]:
+def _may_be_weighted(weighting: Any, method: Any, model: ModelConfig, data: DataConfig) -> Iterator[str]:
     if weighting.name == "none":
         return
     if weighting.k > model.channels:
@@ -192,6 +192,16 @@ def _may_be_weighted(weighting: Any, method: Any, model: ModelConfig) -> Iterato
         yield (
             f"weighting.name must be none, since method {method.name} has no pseudo-labels to weigh; got "
             f"{weighting.name}. Set weighting=none, or take a method that has some."
+        )
+    elif data.unlabeled is None and _learner(method).unlabeled_optional:
+        yield (
+            f"weighting.name must be none in a run without unlabeled images, which has no pseudo-labels; got "
+            f"{weighting.name}. Set weighting=none, or data.unlabeled."
+        )
+    if getattr(getattr(method, "compat", None), "partner_eval", False):
+        yield (
+            f"method.compat.partner_eval must be false with weighting {weighting.name}, whose weights belong to the "
+            "labels of the pass in train mode; got true. Set it to false, or weighting=none."
         )
     partner = getattr(getattr(method, "cutmix", None), "partner", "pair")
     if partner != "pair":
@@ -249,6 +259,12 @@ def _shares(
         return
     if hasattr(method, "group"):
         yield from _groups(method.group, unlabeled, world)
+    elif not _learner(method).mixes:
+        if unlabeled % world:
+            yield (
+                f"train.batch.unlabeled must be divisible by the number of ranks, {world}; got {unlabeled}. Set it to "
+                f"{_next_multiple(unlabeled, world)}, or use another number of ranks."
+            )
     elif unlabeled % (2 * world):
         yield (
             f"train.batch.unlabeled must be divisible by twice the number of ranks, 2 x {world}, since neighbouring "

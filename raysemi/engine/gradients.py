@@ -33,11 +33,11 @@ class GradientsConfig(Config):
 
     name: Literal["uniform", "fixed", "pareto"] = Field("uniform", json_schema_extra=choices(["uniform", "pareto"]))
     """uniform: the published sum of the terms. fixed: `weights`. pareto: weights anew in every step, from both sides'
-    gradients, so that the step hurts neither side. With L_side twice the sum of a side's terms, uniform is
-    (L_supervised + L_unsupervised) / 2."""
+    gradients, so that the step (SGD's, at one learning rate) hurts neither side to first order. With L_side twice the
+    sum of a side's terms, uniform is (L_supervised + L_unsupervised) / 2."""
     weights: tuple[Weight, Weight] = (0.5, 0.5)
     """fixed: factors on L_supervised and L_unsupervised, used as they are; [0.5, 0.5] is uniform, and what the paper
-    calls 2 : 1 is [1, 0.5]."""
+    calls 2 : 1, unsupervised to supervised, is [0.5, 1]."""
     meo: bool = Field(True, json_schema_extra=choices([True, False]))
     """pareto: the step gets the length of the uniform one; without, it is shorter, as with a smaller learning rate."""
     min_ratio: float = Field(1e-3, ge=0.0, le=1.0, json_schema_extra=choices([0.0, 1e-3, 1e-2]))
@@ -52,7 +52,8 @@ class GradientsConfig(Config):
     groups with different ones; lengths stay Euclidean."""
     warmup: int = Field(0, ge=0, json_schema_extra={"unit": "steps"})
     """pareto: uniform steps before; for methods whose unsupervised side holds regularisers long before it trusts a
-    pixel."""
+    pixel. At least as long as the weight of the unsupervised side rises (`train.rampup`, a method's own ramp): Pareto
+    weights would undo the ramp, since they make up for a short gradient."""
     exclusive: Literal["uniform", "alpha"] = "uniform"
     """pareto: parameters that one side alone trains. uniform: left out of the products and trained as under uniform.
     alpha: in the products, and weighted like all others."""

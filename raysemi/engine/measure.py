@@ -54,7 +54,7 @@ def look(trainer: Trainer, hosts: Iterable[HostBatch]) -> Iterator[Look]:
     """Runs copies of student, teacher and method on batches; the trainer's state stays as it is to the last bit.
 
     Args:
-        trainer: the run; every rank may look on its own, nothing is collective.
+        trainer: the run; all ranks look equally often, since SyncBatchNorm (several GPUs) joins them.
         hosts: batches with labeled and unlabeled images.
     """
     student, method = copy.deepcopy(trainer.student).train(), copy.deepcopy(trainer.method).train()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -148,6 +149,8 @@ class Trainer:
         self.optimizer = Optimizer(self.student, optim, config.steps)
         self._parameters = list(self.optimizer.names)
         self._meter, self._samples = Meter(), Samples()
+        ramps = math.ceil(max(config.rampup * config.steps, method.ramp_steps(config.steps)))
+        gradients = gradients.model_copy(update={"warmup": max(gradients.warmup, ramps)})
         self.rule = GradientRule(gradients, self.optimizer.rates, across, self._samples.add)
         teacher = self.average.model if self.average is not None and average.buffers == "own" else None
         self.strategy: Strategy = Replicas(module, across, device, self.rule, self.precision, teacher)

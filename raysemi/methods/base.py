@@ -161,6 +161,8 @@ class Method(nn.Module, ABC):
     """How the averaged copy of the student is kept."""
     strong_views: int
     """Strong views of each unlabeled image; 0 = its weak view alone."""
+    mixes: bool = True
+    """False when no image is mixed with another one, so that the share of a rank may be odd."""
     uses_unlabeled: bool = True
     """False when the method reads no unlabeled image."""
     strong: StrongViews = "jitter"
@@ -186,6 +188,13 @@ class Method(nn.Module, ABC):
             channels: of the maps that a head may read.
         """
         return {}
+
+    def ramp_steps(self, steps: int) -> float:
+        """Steps in which the weights of its unsupervised terms rise by themselves, at the start of a run of `steps`.
+
+        Pareto weights wait until then: they would undo a small weight by a large one.
+        """
+        return 0.0
 
     @abstractmethod
     def objectives(self, batch: SemiBatch, context: StepContext) -> dict[str, Objective]:

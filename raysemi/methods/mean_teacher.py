@@ -39,12 +39,17 @@ class MeanTeacher(Method):
     """Consistency with the teacher's labels, all of them."""
 
     strong_views = 1
+    mixes = False
     weighted = True
 
     def __init__(self, config: MeanTeacherConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
         self.config = config
         self.average = config.average
+
+    def ramp_steps(self, steps: int) -> float:
+        """Of `ramp`."""
+        return self.config.ramp * steps
 
     def objectives(self, batch: SemiBatch, context: StepContext) -> dict[str, Objective]:
         """The labeled loss and the consistency on strong views."""
@@ -64,7 +69,7 @@ class MeanTeacher(Method):
         labeled_pair = labeled_loss(self.config.criterion, labeled.logits_BKHW, batch.label_LHW, context.across)
         valid_UHW = batch.valid_UHW
         consistency = self.weighting.cross_entropy(strong.logits_BKHW, pseudo_UHW, valid_UHW, valid_UHW, weight_UHW)
-        factor = self.config.unsupervised_weight * linear(context.step, self.config.ramp * context.steps)
+        factor = self.config.unsupervised_weight * linear(context.step, self.ramp_steps(context.steps))
         return {
             "supervised": supervised(labeled_pair, weight=0.5),
             "consistency": unsupervised(consistency, weight=0.5 * factor),

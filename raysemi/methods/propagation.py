@@ -251,7 +251,9 @@ def lessons(
     """
     labeled, weak, strong = views
     boxes_U4, base, final = batch.boxes_VU4[0], taught.base, taught.final
-    reliable_UHW = paste(boxes_U4, weighting.reliable(base.label_UHW, base.confidence_UHW, batch))
+    reliable_UHW = weighting.reliable(base.label_UHW, base.confidence_UHW, batch)
+    reliable_UHW, label_UHW = paste(boxes_U4, reliable_UHW, base.label_UHW)
+    reliable_UHW = reliable_UHW & (label_UHW == final.label_UHW)  # a region may say another class than the pixel
     weighting.remember(labeled.seen, [UnlabeledPass(strong.seen, final.label_UHW, reliable_UHW)], batch, context)
     base_UHW = weighting.weigh(weak.seen, base.label_UHW, context)
     final_UHW = paste(boxes_U4, base_UHW)

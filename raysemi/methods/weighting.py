@@ -11,7 +11,8 @@ ones that are reliable. A method asks in this order:
 
 Source: "Weighting Pseudo-Labels via High-Activation Feature Index Similarity and Object Detection for Semi-Supervised
 Semantic Segmentation", PPW, and its code. Differs: vectors are chosen by slot (`per_image` of an image, pass and class)
-and the memories are the same on all ranks, so that nothing depends on their number.
+and the memories are the same on all ranks, so that nothing depends on their number; no detector confirms unlabeled
+pixels.
 Axes: L labeled, U unlabeled images, K classes, D channels, h x w cells, N = h * w, m vectors of an image and class,
 H x W pixels.
 """
@@ -148,6 +149,9 @@ class RankWeightingConfig(Config):
     """Vectors at most that a step brings to a class of a memory."""
     confidence: float = Field(0.95, ge=0.0, lt=1.0, json_schema_extra=choices([0.9, 0.95, 0.98]))
     """Probability from which on a pixel may be remembered; a labeled one must exceed it and be right."""
+    unlabeled: bool = Field(False, json_schema_extra=choices([False, True]))
+    """True: unlabeled pixels of that probability are remembered too. False: labeled ones alone (the paper's PPW without
+    its detector, which would confirm the unlabeled ones)."""
     similarity: Similarity = Field("rank", json_schema_extra=choices(["rank", "cosine", "euclidean"]))
     """What is compared: shared channels (PPW), or in its place max(0, cosine) or exp(-squared distance / channels)."""
     by: Literal["magnitude", "value"] = "magnitude"
@@ -200,8 +204,8 @@ class RankWeighting(Weighting):
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def reliable(self, label_UHW: Tensor, confidence_UHW: Tensor, batch: SemiBatch) -> Tensor:
-        """Confident pixels."""
-        return (confidence_UHW >= self.config.confidence) & batch.valid_UHW
+        """Confident pixels, or none."""
+        return (confidence_UHW >= self.config.confidence) & batch.valid_UHW & self.config.unlabeled
 
     @torch.no_grad()
     def remember(

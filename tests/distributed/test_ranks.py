@@ -20,7 +20,13 @@ from raysemi.launch.restore import build
 from raysemi.methods.base import SingleRank
 from raysemi.ops.photometric import PARAMETERS
 
-RANK = ["weighting=rank", "weighting.confidence=0.145", "weighting.memory=5", "weighting.per_step=4"]
+RANK = [
+    "weighting=rank",
+    "weighting.confidence=0.145",
+    "weighting.memory=5",
+    "weighting.unlabeled=true",
+    "weighting.per_step=4",
+]
 CASES = {
     "supervised": ["supervised"],
     "fixmatch": ["fixmatch", "method.threshold=0.145"],

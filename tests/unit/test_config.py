@@ -188,7 +188,20 @@ def test_rank_weighting_needs_pseudo_labels_partners_and_channels() -> None:
     assert "weighting.k must be at most model.channels, 8; got 9" in refused(
         weighting=rank | {"k": 9}, model={"channels": 8}
     )
+    eval_mode = {"name": "unimatch", "compat": {"partner_eval": True}}
+    assert "method.compat.partner_eval must be false with weighting rank" in refused(weighting=rank, method=eval_mode)
+    alone = {"labeled": "p/l", "val": "p/v"}
+    assert "in a run without unlabeled images" in refused(weighting=rank, method={"name": "derprop"}, data=alone)
     config(weighting=rank, method={"name": "derprop"})
+
+
+def test_what_mixes_nothing_may_have_odd_shares() -> None:
+    odd = {"steps": 50, "batch": {"labeled": 6, "unlabeled": 3}}
+    check_world(config(train=odd, method={"name": "mean_teacher"}), 3)
+    with pytest.raises(ConfigError, match=r"divisible by the number of ranks, 2; got 3\. Set it to 4"):
+        check_world(config(train=odd, method={"name": "mean_teacher"}), 2)
+    with pytest.raises(ConfigError, match="twice the number of ranks"):
+        check_world(config(train=odd, method={"name": "fixmatch"}), 1)
 
 
 def test_a_group_that_is_mixed_stays_on_one_rank() -> None:

@@ -56,7 +56,7 @@ def rows(folder: Path, name: str) -> dict[int, float]:
     ("method", "rule"),
     [
         *((method, []) for method in OF_METHOD),
-        ("unimatch", ["weighting=rank", "weighting.confidence=0.2", "weighting.memory=9"]),
+        ("unimatch", ["weighting=rank", "weighting.confidence=0.2", "weighting.memory=9", "weighting.unlabeled=true"]),
         ("derprop", ["gradients=pareto", "gradients.warmup=3"]),
         ("fixmatch", ["gradients=pareto", "gradients.every=4", "gradients.exclusive=alpha"]),
     ],
@@ -288,3 +288,20 @@ def test_a_step_that_is_not_finite_is_skipped_whole(scenes, tmp_path, monkeypatc
     logged = []
     assert run(config, lambda step, metrics: logged.append(metrics.get("skipped_steps")))["steps"] == 3
     assert logged[0] == 1  # the count so far, not its mean over the steps of the log line
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "measured"),
+    [
+        ("fixmatch", ["train.rampup=0.5"], 5),
+        ("mean_teacher", ["method.ramp=0.7"], 7),
+        ("fixmatch", ["gradients.warmup=8", "train.rampup=0.2"], 8),
+    ],
+)
+def test_pareto_weights_wait_for_ramps(scenes, tmp_path, method, settings, measured):
+    """They would undo a small weight by a large one: uniform until the weight of the unsupervised side has risen."""
+    rule = ["gradients=pareto", "gradients.measure_every=1", "method.threshold=0"]
+    rule = rule[:2] if method == "mean_teacher" else rule
+    run(tiny_run(scenes, tmp_path / "run", method, "train.steps=10", *rule, *settings))
+    weights = rows(tmp_path / "run", "gradients/weight_unsupervised")
+    assert [step for step, weight in weights.items() if weight == 0.5] == list(range(1, measured + 1))

@@ -33,7 +33,7 @@ SETTINGS = {
 
 
 def rank(channels=8, **settings):
-    return RankWeighting(RankWeightingConfig(**settings), CLASSES, channels)
+    return RankWeighting(RankWeightingConfig(**{"unlabeled": True} | settings), CLASSES, channels)
 
 
 def prediction(penultimate_BDhw, logits_BKHW=None):
@@ -236,6 +236,13 @@ def test_reliable_pixels_are_confident_and_real():
     reliable = rank().reliable(torch.zeros(2, 33, 41, dtype=torch.int64), confidence, batch)
     assert not reliable[0, 0].any()
     assert torch.equal(reliable[:, 1:], batch.valid_UHW[:, 1:])
+
+
+def test_without_a_detector_labeled_pixels_alone_make_prototypes():
+    assert not RankWeightingConfig().unlabeled
+    sure_of_all = torch.ones(2, 33, 41)
+    label = torch.zeros(2, 33, 41, dtype=torch.int64)
+    assert not rank(unlabeled=False).reliable(label, sure_of_all, semi_batch(CLASSES)).any()
 
 
 def test_first_in_first_out_and_the_mean_is_of_what_is_held():
