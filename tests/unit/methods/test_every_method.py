@@ -112,14 +112,14 @@ def colour_batch(views=1):
 
 
 def learn(method, student, teacher, batch, wanted, steps):
-    """Steps of Adam on the wanted terms; the student in eval mode afterwards."""
+    """Steps of Adam on the wanted terms; the student in eval mode afterwards. A teacher follows it unless frozen."""
     optimizer = torch.optim.Adam(student.parameters(), lr=0.01)
     for step in range(steps):
         terms = method.objectives(batch, step_context(student, teacher, step=step, steps=steps))
         optimizer.zero_grad()
         published_total({title: term for title, term in terms.items() if wanted in ("all", title)}).backward()
         optimizer.step()
-        if teacher is not None and not isinstance(teacher, Right):
+        if teacher is not None and any(parameter.requires_grad for parameter in teacher.parameters()):
             teacher.load_state_dict(student.state_dict())
     return student.eval()
 
@@ -127,6 +127,19 @@ def learn(method, student, teacher, batch, wanted, steps):
 def accuracy(student, images_B3HW, label_BHW):
     with torch.no_grad():
         return (student(images_B3HW).logits_BKHW.argmax(dim=1) == label_BHW).float().mean().item()
+
+
+def taught(network, batch, truth_UHW):
+    """The network after it has learned the truth of all images of the batch; frozen."""
+    images_B3HW = torch.cat((batch.image_L3HW, batch.weak_U3HW))
+    label_BHW = torch.cat((batch.label_LHW, truth_UHW))
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
+    for _ in range(80):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(network(images_B3HW).logits_BKHW, label_BHW).backward()
+        optimizer.step()
+    assert accuracy(network, images_B3HW, label_BHW) > 0.95
+    return network.eval().requires_grad_(False)
 
 
 @pytest.mark.slow
@@ -145,6 +158,7 @@ TEACHES_CLASSES = {
     "augseg": ["consistency"],
     "unimatch": ["strong_1", "strong_2", "perturbed"],
     "unimatch_v2": ["strong_1", "strong_2"],
+    "u2pl": ["consistency"],
     "corrmatch": ["strong", "kl", "perturbed"],
     "derprop": ["strong", "kl", "perturbed"],
 }
@@ -157,9 +171,13 @@ TEACHES_CLASSES = {
 )
 def test_an_unsupervised_objective_alone_teaches_what_a_right_teacher_knows(name, title, monkeypatch):
     """Frozen BatchNorm: its statistics would come from the labeled images too, which this term does not teach."""
-    settings = {"corrmatch": {"region": {"enable": False}}, "derprop": {"region": {"enable": False}}}
+    settings = {
+        "corrmatch": {"region": {"enable": False}},
+        "derprop": {"region": {"enable": False}},
+        "u2pl": {"warmup_periods": 0, "cutmix": 0.0},
+    }
     method, student, teacher = build(name, settings.get(name, {}), frozen=True)
-    batch, truth_UHW = colour_batch(method.strong_views)
+    batch, truth_UHW = colour_batch(max(1, method.strong_views))
     right = Right(truth_UHW)
     if teacher is None or name == "derprop":  # the student labels: whatever it says, its labels are right
         module = sys.modules[
@@ -169,6 +187,8 @@ def test_an_unsupervised_objective_alone_teaches_what_a_right_teacher_knows(name
         monkeypatch.setattr(module, "confidence_and_label", lambda _: original(right.logits_UKHW))
         softmax_of = Targets.of
         monkeypatch.setattr(Targets, "of", lambda _, valid_UHW: softmax_of(right.logits_UKHW, valid_UHW))
+    elif method.trains_teacher_statistics:  # it also sees labeled and mixed images, through its heads
+        teacher = taught(teacher, batch, truth_UHW)
     else:
         teacher = right
     assert accuracy(student, batch.weak_U3HW, truth_UHW) < 0.6
