@@ -2,7 +2,7 @@
 
 Source: Yang et al. 2023, arXiv:2208.09910, eqs. 2-6, and its code. Differs: partners of CutMix are neighbouring slots
 of the batch, whose labels are at hand, so nothing is computed twice; the perturbed half of the labeled images, which
-the code computes and throws away, is not made; `compat` restores both.
+the code computes and throws away, is not made; `cutmix` and `compat` restore both.
 Axes: L labeled, U unlabeled images, V = 2 strong views, K classes, H x W pixels. The views of an image share its
 geometry.
 """
@@ -25,6 +25,8 @@ from raysemi.ops.losses import Criterion, Objective, labeled_loss, supervised, u
 from raysemi.ops.mixing import partner, paste
 from raysemi.ops.pseudo_label import confidence_and_label
 
+_Taught = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Pseudo-labels, trusted, valid and reliable pixels."""
 _HALF = 0.5  # the published total is the half-sum of the labeled loss and the unlabeled terms
 
 
@@ -37,11 +39,19 @@ class FeaturePerturbationConfig(Config):
     """Probability that a channel of an encoder map is dropped."""
 
 
+class CutMixConfig(Config):
+    """`method.cutmix.*`."""
+
+    partner: Literal["pair", "second_view"] = "pair"
+    """Whose pixels fill the box. pair: of the neighbouring slot, nothing is computed twice. second_view (the released
+    code's): of another view of the same image, labeled by the student in eval mode; one for both strong views."""
+
+
 class CompatConfig(Config):
     """`method.compat.*`: what the released code does and we do not."""
 
     partner_eval: bool = False
-    """True: what is pasted is labeled by the student in eval mode, by a forward pass more."""
+    """True: what a pair pastes is labeled by the student in eval mode, by a forward pass more."""
     fp_labeled: bool = False
     """True: labeled images are perturbed and decoded too; their logits are thrown away, but BatchNorm sees them."""
 
@@ -55,6 +65,7 @@ class UniMatchConfig(Config):
     strong_weight: float = Field(0.25, ge=0.0, json_schema_extra=search(0.1, 0.5))
     """Coefficient of each strong view's term."""
     fp: FeaturePerturbationConfig = FeaturePerturbationConfig()
+    cutmix: CutMixConfig = CutMixConfig()
     criterion: Criterion = Criterion()
     """Loss of the labeled images."""
     average: Average = Average()
@@ -72,6 +83,7 @@ class UniMatch(Method):
         super().__init__(config, num_classes)
         self.config = config
         self.average = config.average
+        self.second_view = config.cutmix.partner == "second_view"
 
     def objectives(self, batch: SemiBatch, context: StepContext) -> dict[str, Objective]:
         """The labeled loss and three consistency terms."""
@@ -81,11 +93,11 @@ class UniMatch(Method):
         trusted_UHW = (confidence_UHW >= config.threshold) & batch.valid_UHW
         context.observe_labels(pseudo_UHW, confidence_UHW, trusted_UHW, batch.valid_UHW)
 
-        own = pseudo_UHW, trusted_UHW, batch.valid_UHW, self.weighting.reliable(pseudo_UHW, confidence_UHW, batch)
-        theirs = self._partners(batch, context, own)
+        own = self._taught(pseudo_UHW, confidence_UHW, batch.valid_UHW, batch)
+        sources = self._sources(batch, context, own)
         mixed = [
-            paste(boxes_U4, strong_U3HW, *own, source=(partner(strong_U3HW), *theirs))
-            for boxes_U4, strong_U3HW in zip(batch.boxes_VU4, batch.strong_VU3HW, strict=True)
+            paste(boxes_U4, strong_U3HW, *own, source=source)
+            for boxes_U4, strong_U3HW, source in zip(batch.boxes_VU4, batch.strong_VU3HW, sources, strict=True)
         ]
         # both strong views in one pass of their own, with BatchNorm statistics of their own
         strong = context.student(torch.cat([views[0] for views in mixed])).split([len(pseudo_UHW)] * len(mixed))
@@ -120,10 +132,27 @@ class UniMatch(Method):
         labeled, weak = seen.split([num_labeled, num_clean - num_labeled])
         return labeled, weak, seen.images(slice(-len(batch.weak_U3HW), None)) if config.fp.weight > 0.0 else None
 
-    def _partners(self, batch: SemiBatch, context: StepContext, own: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Pseudo-labels, trusted, valid and reliable pixels of each slot's partner."""
+    def _taught(self, pseudo_UHW: Tensor, confidence_UHW: Tensor, valid_UHW: Tensor, batch: SemiBatch) -> _Taught:
+        trusted_UHW = (confidence_UHW >= self.config.threshold) & valid_UHW
+        return pseudo_UHW, trusted_UHW, valid_UHW, self.weighting.reliable(pseudo_UHW, confidence_UHW, batch)
+
+    def _sources(self, batch: SemiBatch, context: StepContext, own: _Taught) -> list[tuple[Tensor, ...]]:
+        """What fills the box of each strong view: image, and what its pixels are taught."""
+        if self.second_view:
+            weak_U3HW, strong_U3HW, valid_UHW = batch.second_weak_U3HW, batch.second_strong_U3HW, batch.second_valid_UHW
+            assert weak_U3HW is not None  # the method asked for a second view
+            assert strong_U3HW is not None
+            assert valid_UHW is not None
+            return [
+                (strong_U3HW, *self._labeled_in_eval_mode(weak_U3HW, valid_UHW, batch, context))
+            ] * self.strong_views
         if self.config.compat.partner_eval:
-            confidence_UHW, pseudo_UHW = confidence_and_label(in_eval_mode(context.student, batch.weak_U3HW))
-            trusted_UHW = (confidence_UHW >= self.config.threshold) & batch.valid_UHW
-            own = pseudo_UHW, trusted_UHW, batch.valid_UHW, self.weighting.reliable(pseudo_UHW, confidence_UHW, batch)
-        return tuple(partner(pixels_UHW) for pixels_UHW in own)
+            own = self._labeled_in_eval_mode(batch.weak_U3HW, batch.valid_UHW, batch, context)
+        theirs = [partner(pixels_UHW) for pixels_UHW in own]
+        return [(partner(strong_U3HW), *theirs) for strong_U3HW in batch.strong_VU3HW]
+
+    def _labeled_in_eval_mode(
+        self, weak_U3HW: Tensor, valid_UHW: Tensor, batch: SemiBatch, context: StepContext
+    ) -> _Taught:
+        confidence_UHW, pseudo_UHW = confidence_and_label(in_eval_mode(context.student, weak_U3HW))
+        return self._taught(pseudo_UHW, confidence_UHW, valid_UHW, batch)

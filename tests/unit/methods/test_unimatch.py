@@ -11,7 +11,7 @@ import torch
 from makers import PixelNet, semi_batch, step_context, tiny_segmentor
 
 from raysemi.errors import ConfigError
-from raysemi.methods.base import Average
+from raysemi.methods.base import Average, in_eval_mode
 from raysemi.methods.unimatch import UniMatch, UniMatchConfig
 from raysemi.methods.unimatch_v2 import UniMatchV2, UniMatchV2Config
 from raysemi.ops.losses import pixel_cross_entropy
@@ -227,6 +227,46 @@ def test_compat_labels_the_partner_in_eval_mode_and_leaves_no_trace():
         torch.testing.assert_close(buffer, dict(twin.named_buffers())[name])
     assert terms["perturbed"].total == ours["perturbed"].total
     assert terms["strong_1"].total != ours["strong_1"].total  # other labels inside the box
+
+
+def test_a_second_view_fills_the_box_with_what_the_student_says_of_it_in_eval_mode(monkeypatch):
+    class Recording(torch.nn.Module):
+        def __init__(self, network):
+            super().__init__()
+            self.network, self.seen = network, []
+
+        def forward(self, images):
+            self.seen.append((self.network.training, images.detach().clone()))
+            return self.network(images)
+
+        def encode(self, images):
+            return self.network.encode(images)
+
+        def decode(self, features, size):
+            return self.network.decode(features, size)
+
+    method, student, _ = build(1, cutmix={"partner": "second_view"}, threshold=0.0)
+    assert method.second_view
+    batch = semi_batch(CLASSES, views=2, second_view=True)
+    box_U4 = torch.tensor([2, 3, 20, 18]).repeat(len(batch.slots_U), 1)
+    batch = replace(batch, boxes_VU4=box_U4.expand(2, -1, -1))
+    said_UHW = in_eval_mode(student, batch.second_weak_U3HW).argmax(dim=1)
+    student, taught, loss = Recording(student.train()), [], method.weighting.cross_entropy
+
+    def record(logits, labels, *rest):
+        taught.append(labels)
+        return loss(logits, labels, *rest)
+
+    monkeypatch.setattr(method.weighting, "cross_entropy", record)
+    run(method, student, None, batch)
+    assert all(torch.equal(labels[:, 3:18, 2:20], said_UHW[:, 3:18, 2:20]) for labels in taught[:2])
+    (mode, weak_U3HW), (_, strong_B3HW) = student.seen
+    assert not mode
+    assert torch.equal(weak_U3HW, batch.second_weak_U3HW)
+    for own_U3HW, mixed_U3HW in zip(batch.strong_VU3HW, strong_B3HW.chunk(2), strict=True):
+        assert torch.equal(mixed_U3HW[..., 3:18, 2:20], batch.second_strong_U3HW[..., 3:18, 2:20])
+        assert torch.equal(mixed_U3HW[..., 18:, :], own_U3HW[..., 18:, :])
+        assert not torch.equal(mixed_U3HW, own_U3HW)
 
 
 def test_compat_perturbs_the_labeled_half_too():
