@@ -78,13 +78,25 @@ def open_pools(config: RunConfig) -> Pools:
             f"with {unlabeled.num_masks} masks for {unlabeled.num_samples} images. Set it to 0, or pack the unlabeled "
             "pool again with --keep-unlabeled-masks."
         )
-    try:
-        METHODS[config.method.name][1](config.method, len(classes))
-    except ConfigError as error:  # what a method refuses for this number of classes
-        faults += error.faults
+    if len(classes) < 2:
+        faults.append(
+            f"data.labeled must have at least two classes, or there is nothing to learn; got {', '.join(classes)}. "
+            "Name the rest of the image as a class of its own, such as background, and pack again."
+        )
+    else:
+        faults += _refused_by_method(config, len(classes))
     if faults:
         raise ConfigError(faults)
     return Pools(pools["labeled"], pools["val"], unlabeled)
+
+
+def _refused_by_method(config: RunConfig, num_classes: int) -> tuple[str, ...]:
+    """What a method refuses for a number of classes."""
+    try:
+        METHODS[config.method.name][1](config.method, num_classes)
+    except ConfigError as error:
+        return error.faults
+    return ()
 
 
 MAY_CHANGE = (

@@ -232,6 +232,20 @@ def test_an_order_that_leaves_no_channel_is_told_before_any_worker_starts(scenes
     assert len(caught.value.faults) == 1
 
 
+def test_pools_of_one_class_are_refused(scenes, tmp_path):
+    """Every loss would be 0: said before any worker starts, without what a method would say of one class."""
+    pools = tmp_path / "pools"
+    shutil.copytree(scenes, pools)
+    for name in ("labeled", "unlabeled", "val"):
+        path = pools / name / "pool.json"
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps(content | {"classes": ["field"], "palette": content["palette"][:1]}))
+    for method in ("fixmatch", "u2pl"):
+        with pytest.raises(ConfigError, match=r"at least two classes.*got field.*background") as caught:
+            open_pools(tiny_run(pools, tmp_path / method, method))
+        assert len(caught.value.faults) == 1
+
+
 def test_labeled_images_alone_need_no_unlabeled_pool(scenes, tmp_path):
     pools = tmp_path / "pools"
     for name in ("labeled", "val"):
