@@ -11,13 +11,17 @@ import pytest
 import torch
 from makers import tiny_run
 
+from raysemi import api
 from raysemi.engine import checkpoint
 from raysemi.engine.folder import RunFolder
 from raysemi.errors import CheckpointError, ConfigError, DataError
 from raysemi.launch import worker
 from raysemi.launch.restore import load_network, open_pools
 from raysemi.launch.worker import run
+from raysemi.models.segmentor import build_segmentor
+from raysemi.models.weights import save_tensors
 from raysemi.ops.photometric import PARAMETERS
+from raysemi.report.page import build_report
 
 
 def newest(folder: Path) -> checkpoint.Snapshot:
@@ -108,6 +112,26 @@ def test_the_run_folder_holds_what_a_run_promises(scenes, tmp_path):
     assert trained.step == 6
     assert len(trained.classes) == len(trained.palette) == trained.network.num_classes == 7
     assert not trained.network.training
+
+
+def test_first_weights_are_read_once(scenes, tmp_path):
+    """A run that goes on, and whoever reads it, needs neither the file of the first weights nor a hub."""
+    file = tmp_path / "first.safetensors"
+    config = tiny_run(scenes, tmp_path / "run", "fixmatch")
+    encoder = build_segmentor(config.model, 7, None, seed=5).encoder
+    published = encoder.published_names()
+    save_tensors({published[name]: value for name, value in encoder.net.state_dict().items()}, file)
+    settings = [f"model.weights={file}", "train.steps=4", "eval.every=4"]
+    run(tiny_run(scenes, tmp_path / "whole", "fixmatch", *settings))
+    run(tiny_run(scenes, tmp_path / "run", "fixmatch", *settings, "train.stop_at=2"))
+    file.unlink()
+    with pytest.raises(ConfigError, match=r"model\.weights must be .*an existing file"):
+        run(tiny_run(scenes, tmp_path / "other", "fixmatch", *settings))
+    result = run(tiny_run(scenes, tmp_path / "run", "fixmatch", *settings))
+    assert_same_bits(newest(tmp_path / "whole"), newest(tmp_path / "run"))
+    assert api.evaluate(tmp_path / "run")["miou"] == result["miou"]
+    assert api.predict(tmp_path / "run", pool=scenes / "val", out=tmp_path / "maps") == 5
+    assert build_report([tmp_path / "run"], tmp_path / "report.html").exists()
 
 
 def test_a_finished_run_does_nothing_more(scenes, tmp_path):
