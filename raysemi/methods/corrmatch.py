@@ -127,7 +127,7 @@ class CorrMatch(Method):
         self.config = config
         self.channels = config.corr.dim or num_classes
         self.average = config.average
-        self.second_view = config.cutmix.partner != "pair"
+        self.second_view = not config.cutmix.pairs
         self.register_buffer("threshold", torch.tensor(config.threshold.initial, dtype=torch.float32))
 
     def heads(self, channels: Channels) -> dict[str, nn.Module]:

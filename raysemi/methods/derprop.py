@@ -219,7 +219,7 @@ class DerProp(Method):
         self.config = config
         self.channels = projected_channels(config, num_classes)
         self.maps = DerivativeMaps(config.deriv, config.prop, config.order, config.kernel, num_classes)
-        self.second_view = config.cutmix.partner != "pair"
+        self.second_view = not config.cutmix.pairs
         kept = config.momentum
         self.average = Average(kind="period", ratio=kept.ratio, at=kept.at) if config.has_momentum else Average()
         self.register_buffer("threshold", torch.tensor(config.threshold.initial, dtype=torch.float32))

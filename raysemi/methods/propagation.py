@@ -73,6 +73,11 @@ class CutMixConfig(Config):
     view of the same image, labeled by the student in eval mode. momentum_view: the same, labeled by the momentum
     network (the reference of DerProp)."""
 
+    @property
+    def pairs(self) -> bool:
+        """True when neighbouring images are mixed with each other."""
+        return self.partner == "pair"
+
 
 @dataclass(frozen=True)
 class Targets:
@@ -110,7 +115,7 @@ def _pixels(strong_U3HW: Tensor, targets: Targets) -> tuple[Tensor, ...]:
 
 
 def _source(config: CutMixConfig, batch: SemiBatch, context: StepContext) -> tuple[Tensor, ...] | None:
-    if config.partner == "pair":
+    if config.pairs:
         return None
     weak, strong, valid = batch.second_weak_U3HW, batch.second_strong_U3HW, batch.second_valid_UHW
     assert weak is not None  # the method asked for a second view
@@ -251,6 +256,12 @@ def lessons(
     """
     labeled, weak, strong = views
     boxes_U4, base, final = batch.boxes_VU4[0], taught.base, taught.final
+    if not config.cutmix.pairs:  # nothing is weighted then: the config refuses it
+        ones_UHW = weighting.weigh(weak.seen, base.label_UHW, context)
+        return (
+            Lesson(base, taught.base_trusted_UHW, ones_UHW, weighting),
+            Lesson(final, taught.expanded_UHW, ones_UHW, weighting),
+        )
     reliable_UHW = weighting.reliable(base.label_UHW, base.confidence_UHW, batch)
     reliable_UHW, label_UHW = paste(boxes_U4, reliable_UHW, base.label_UHW)
     reliable_UHW = reliable_UHW & (label_UHW == final.label_UHW)  # a region may say another class than the pixel

@@ -70,6 +70,28 @@ def test_the_same_step_gives_the_same_bits(name):
     assert totals[0] == totals[1]
 
 
+@pytest.mark.parametrize("name", ["corrmatch", "derprop"])
+@pytest.mark.parametrize("unlabeled", [1, 3])
+def test_a_second_view_mixes_any_number_of_images(name, unlabeled):
+    """Nothing is taken of a neighbour: an image alone gives what it gives beside others."""
+    method, student, teacher = build(name, TRUSTING[name] | {"cutmix": {"partner": "second_view"}}, frozen=True)
+    batch = batch_for(method, unlabeled=unlabeled)
+    batch = replace(batch, boxes_VU4=torch.tensor([7, 5, 36, 22]).expand_as(batch.boxes_VU4))
+    method.eval()  # the threshold stays
+    each = []
+    for rows in [slice(None), *(slice(u, u + 1) for u in range(unlabeled))]:
+        share = replace(
+            batch,
+            **{name: getattr(batch, name)[rows] for name in vars(batch) if "_U" in name and "_VU" not in name},
+            **{name: getattr(batch, name)[:, rows] for name in vars(batch) if "_VU" in name},
+        )
+        terms = method.objectives(share, step_context(student, teacher, step=50))
+        each.append({title: term.total.item() for title, term in terms.items() if term.side == "unsupervised"})
+    assert each[0]["strong"] > 0
+    for title, total in each[0].items():
+        assert total == pytest.approx(sum(alone[title] for alone in each[1:]), rel=1e-4, abs=1e-5), title
+
+
 # --- learning: a tiny network, blocks of four colours --------------------------------------------------------------
 
 
