@@ -71,10 +71,10 @@ class Average(Config):
     start: int = Field(0, ge=0)
     """ema: period (`train.period`) from whose first step on i counts; before it the copy is the student itself."""
     copied: int = Field(0, ge=0, json_schema_extra=choices([0, 1]))
-    """ema: periods, after `start`, in which the copy is still the student itself."""
+    """ema: periods, after `start`, in which the copy still has the student's own weights."""
     buffers: Literal["averaged", "own"] = "averaged"
-    """ema: BatchNorm's running statistics. averaged: as the weights are. own: from the passes that the method makes
-    with the copy in train mode."""
+    """ema: BatchNorm's running statistics. averaged: as the weights are. own: from `start` on, those of the passes that
+    the method makes with the copy in train mode."""
     ratio: float = Field(0.5, gt=0.0, lt=1.0, json_schema_extra=search(0.3, 0.9))
     """Share that the averaged copy keeps at each update of `period`."""
     at: Literal["end", "start"] = "end"
