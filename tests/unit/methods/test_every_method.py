@@ -70,6 +70,21 @@ def test_the_same_step_gives_the_same_bits(name):
     assert totals[0] == totals[1]
 
 
+def test_what_two_methods_share_they_say_alike():
+    """A word means the same in both, and so does a setting that is left out."""
+    corrmatch, derprop = (METHODS[name][0] for name in ("corrmatch", "derprop"))
+    shared = corrmatch.model_fields.keys() & derprop.model_fields.keys() - {"name", "preset"}
+    assert {"threshold", "region", "cutmix", "labeled_propagated_weight", "kl_target", "fp"} <= shared
+    for name in shared:
+        mine, theirs = corrmatch.model_fields[name], derprop.model_fields[name]
+        assert (mine.default, mine.description) == (theirs.default, theirs.description), name
+        assert mine.json_schema_extra == theirs.json_schema_extra, name
+    for config in (corrmatch, derprop):
+        assert config().labeled_weights == (0.5, 0.5)
+        assert config(labeled_weight=0.25).labeled_weights == (0.25, 0.25)
+        assert config(labeled_propagated_weight=0.1).labeled_weights == (0.5, 0.1)
+
+
 @pytest.mark.parametrize("name", ["corrmatch", "derprop"])
 @pytest.mark.parametrize("unlabeled", [1, 3])
 def test_a_second_view_mixes_any_number_of_images(name, unlabeled):

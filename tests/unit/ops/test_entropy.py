@@ -58,7 +58,9 @@ def sure(count, seed=0):
     """A trained network's: nine pixels of ten nearly sure, from 1e-7 to 1e-4 nats, the rest anywhere."""
     generator = torch.Generator().manual_seed(seed)
     nearly = 1e-7 * 1000.0 ** torch.rand(count, generator=generator)
-    return torch.where(torch.rand(count, generator=generator) < 0.9, nearly, TOP * torch.rand(count, generator=generator))
+    return torch.where(
+        torch.rand(count, generator=generator) < 0.9, nearly, TOP * torch.rand(count, generator=generator)
+    )
 
 
 @pytest.mark.parametrize("count", [3, 700, 30_000])
