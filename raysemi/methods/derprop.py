@@ -106,7 +106,9 @@ class DerPropConfig(SpreadingConfig):
     """lambda: coefficient of the sparsity of the next order, times `deriv.weight`; 0 = without."""
     deriv: DerivativeConfig = DerivativeConfig()
     prop: PropagationConfig = PropagationConfig()
-    labeler: Literal["student", "momentum"] = Field("student", json_schema_extra=choices(["student", "momentum"]))
+    labeler: Literal["student", "momentum"] = Field(
+        "student", json_schema_extra=choices(["student", "momentum"], beside={"momentum": {"fp.weight": 0.0}})
+    )
     """Who sees the weak views, and so makes the pseudo-labels and the maps that strong views must match. student: as
     published, taught by its own weak views too. momentum: the averaged network, in eval mode; the student sees the
     strong views in one pass with the labeled images. About a fifth cheaper, steadier where few images share

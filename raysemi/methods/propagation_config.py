@@ -23,7 +23,9 @@ class ThresholdConfig(Config):
     """dynamic: follows the mean over present classes of their largest confidence. fixed: `initial` for ever."""
     initial: float = Field(0.85, gt=0.0, le=1.0, json_schema_extra=choices([0.65, 0.75, 0.85, 0.95]))
     """Threshold before the first step, a probability."""
-    momentum: float = Field(0.999, ge=0.0, lt=1.0, json_schema_extra=choices([0.99, 0.999, 0.9995]))
+    momentum: float = Field(
+        0.999, ge=0.0, lt=1.0, json_schema_extra=choices([0.99, 0.999, 0.9995], requires={"mode": ["dynamic"]})
+    )
     """Share of the old threshold that a step keeps."""
     ignore: Literal["base", "pasted"] = "base"
     """Pixels that count: valid ones of the weak view, or (the reference) those of the mixed view."""
