@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -38,17 +38,40 @@ def merged(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def search(low: float, high: float, *, log: bool = False, unit: str = "") -> dict[str, Any]:
+Requires = Mapping[str, Sequence[Any]]
+"""Settings of the same section -> values; a range is worth a search where each has one of its values."""
+
+
+def search(
+    low: float, high: float, *, log: bool = False, unit: str = "", requires: Requires | None = None
+) -> dict[str, Any]:
     """Search range of a number, for `Field(json_schema_extra=search(...))`: what `raysemi tune` draws from.
 
     Args:
         low, high: ends of the range, both included.
         log: draw uniformly in the logarithm.
         unit: unit of the value, for tables.
+        requires: other settings without which the value would change nothing, or be out of place.
     """
-    return {"search": {"low": low, "high": high, "log": log}, "unit": unit}
+    return {"search": {"low": low, "high": high, "log": log}, "unit": unit, "requires": dict(requires or {})}
 
 
-def choices(values: Sequence[Any], *, unit: str = "") -> dict[str, Any]:
-    """Search range of a setting with few values."""
-    return {"search": {"choices": list(values)}, "unit": unit}
+def choices(
+    values: Sequence[Any],
+    *,
+    unit: str = "",
+    requires: Requires | None = None,
+    beside: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Search range of a setting with few values.
+
+    Args:
+        values: all of them; one that a method's config refuses is not offered for it.
+        unit: see `search`.
+        requires: see `search`.
+        beside: value -> settings (dotted, from the same section on) that must be set with it.
+    """
+    found: dict[str, Any] = {"choices": list(values)}
+    if beside:
+        found["beside"] = {value: dict(given) for value, given in beside.items()}
+    return {"search": found, "unit": unit, "requires": dict(requires or {})}

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any, get_args
 
+from pydantic import ValidationError
+
 from raysemi.base import Config
 from raysemi.config import RunConfig
 from raysemi.config_faults import did_you_mean, settings
@@ -36,7 +38,10 @@ def describe(name: str) -> dict[str, Any]:
     Returns:
         Plain data: `name, idea, source, unlabeled (needed | optional | unused), strong_views, second_view, heads,
         average` (kind of the averaged copy), `weighting, gradients` (names that go with it), `settings`; of each
-        setting `path, default, meaning, unit, search` (None where `raysemi tune` leaves it alone).
+        setting `path, default, meaning, unit, search` (None where `raysemi tune` leaves it alone), `requires` (path ->
+        values: the search makes sense where each of these settings has one of its values). A search has `low, high,
+        log`, or `choices`, all of which the method takes, and where some of them need other settings `beside` (choice
+        -> path -> value).
 
     Raises:
         ConfigError: no such method.
@@ -60,7 +65,7 @@ def describe(name: str) -> dict[str, Any]:
                 "default": _plain(_at(config, path)),
                 "meaning": " ".join((field.description or "").split()),
                 "unit": _extra(field).get("unit", ""),
-                "search": _plain(_extra(field).get("search")),
+                **_searched(type(config), path, _extra(field)),
             }
             for path, field in settings(type(config), {}, "method.")
             if path != "method.name"
@@ -101,7 +106,9 @@ def settings_table(name: str) -> tuple[list[str], list[list[str]]]:
     rows = []
     for setting in describe(name)["settings"]:
         meaning = setting["meaning"] + (f" ({setting['unit']})" if setting["unit"] else "")
-        rows.append([setting["path"], _short(setting["default"]), meaning, _range(setting["search"])])
+        needed = "; ".join(f"{path}={' or '.join(map(_short, v))}" for path, v in setting["requires"].items())
+        searched = _range(setting["search"]) + (f" (with {needed})" if needed else "")
+        rows.append([setting["path"], _short(setting["default"]), meaning, searched])
     return ["setting", "default", "meaning", "search"], rows
 
 
@@ -114,6 +121,46 @@ def _method(name: str) -> tuple[Config, Method]:
         )
     config, kind = METHODS[name]
     return config(), kind(config(), _CLASSES)
+
+
+def _searched(config: type[Config], path: str, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """`search` and `requires` of a setting, with full paths, without what the method's config refuses."""
+    search, requires = extra.get("search"), extra.get("requires", {})
+    needed = {_beside(path, key): values for key, values in requires.items()}
+    needed = {other: [v for v in values if _takes(config, {other: v})] for other, values in needed.items()}
+    if search is None or not all(needed.values()):  # the method has no use for it
+        return {"search": None, "requires": {}}
+    if "choices" in search:
+        along = {
+            v: {_beside(path, key): x for key, x in given.items()} for v, given in search.get("beside", {}).items()
+        }
+        fitting = [v for v in search["choices"] if _takes(config, {path: v} | _of(along, v))]
+        search = {"choices": fitting} | ({"beside": along} if along else {})
+    return {"search": _plain(search), "requires": _plain(needed)}
+
+
+def _of(along: Mapping[str, dict[str, Any]], value: Any) -> dict[str, Any]:
+    return along.get(value, {}) if isinstance(value, str) else {}
+
+
+def _beside(path: str, key: str) -> str:
+    """Full path of a setting that is named from the section of another one on."""
+    return f"{path.rpartition('.')[0]}.{key}"
+
+
+def _takes(config: type[Config], settings: Mapping[str, Any]) -> bool:
+    tree: dict[str, Any] = {}
+    for path, value in settings.items():
+        *sections, key = path.split(".")[1:]  # without `method`
+        at = tree
+        for section in sections:
+            at = at.setdefault(section, {})
+        at[key] = value
+    try:
+        config.model_validate(tree)
+    except ValidationError:
+        return False
+    return True
 
 
 def _accepted(method: str, section: str) -> list[str]:

@@ -183,10 +183,11 @@ def _teacher_has_statistics(method: Any) -> Iterator[str]:
 def _may_be_weighted(weighting: Any, method: Any, model: ModelConfig, data: DataConfig) -> Iterator[str]:
     if weighting.name == "none":
         return
-    if weighting.k > model.channels:
+    if weighting.k > model.penultimate_channels:
+        what = f"the width of dpt with {model.encoder}" if model.name == "dpt" else "model.channels"
+        way = "take a larger encoder" if model.name == "dpt" else "raise model.channels"
         yield (
-            f"weighting.k must be at most model.channels, {model.channels}; got {weighting.k}. Lower it, or raise "
-            "model.channels."
+            f"weighting.k must be at most {what}, {model.penultimate_channels}; got {weighting.k}. Lower it, or {way}."
         )
     if not _learner(method).weighted:
         yield (
@@ -203,11 +204,19 @@ def _may_be_weighted(weighting: Any, method: Any, model: ModelConfig, data: Data
             f"method.compat.partner_eval must be false with weighting {weighting.name}, whose weights belong to the "
             "labels of the pass in train mode; got true. Set it to false, or weighting=none."
         )
-    partner = getattr(getattr(method, "cutmix", None), "partner", "pair")
-    if partner != "pair":
+    if not _pastes_own(method):
         yield (
             f"method.cutmix.partner must be pair with weighting {weighting.name}, since what another view pastes has "
-            f"no weights; got {partner}. Set it to pair, or weighting=none."
+            f"no weights; got {method.cutmix.partner}. Set it to pair, or weighting=none."
+        )
+
+
+def _auxiliary_has_a_map(method: Any, model: ModelConfig) -> Iterator[str]:
+    weight = getattr(method, "auxiliary_weight", 0.0)
+    if weight > 0.0 and model.name == "dpt":
+        yield (
+            f"method.auxiliary_weight must be 0 with {model.encoder}, which has no map before its last; got {weight}. "
+            "Set it to 0, or take a convolutional network."
         )
 
 
@@ -259,7 +268,7 @@ def _shares(
         return
     if hasattr(method, "group"):
         yield from _groups(method.group, unlabeled, world)
-    elif not _learner(method).mixes:
+    elif not _mixes_pairs(method):
         if unlabeled % world:
             yield (
                 f"train.batch.unlabeled must be divisible by the number of ranks, {world}; got {unlabeled}. Set it to "
@@ -271,6 +280,15 @@ def _shares(
             f"images are mixed in pairs; got {unlabeled}. Set it to {_next_multiple(unlabeled, 2 * world)}, or use "
             "another number of ranks."
         )
+
+
+def _mixes_pairs(method: Any) -> bool:
+    return _learner(method).mixes and _pastes_own(method)
+
+
+def _pastes_own(method: Any) -> bool:
+    """Whether what is pasted comes from the batch's own views, not from another view of each image."""
+    return getattr(getattr(method, "cutmix", None), "pairs", True)
 
 
 def _groups(group: int | None, unlabeled: int, world: int) -> Iterator[str]:
@@ -307,5 +325,5 @@ def _secrets(path: str, value: Any) -> Iterator[str]:
 
 _RULES = (
     *(_stop_within_steps, _pools_are_named, _teacher_has_statistics, _may_be_weighted, _two_sides, _ranks_fit),
-    *(_crop_holds_whole_patches, _window_holds_whole_patches),
+    *(_crop_holds_whole_patches, _window_holds_whole_patches, _auxiliary_has_a_map),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,8 +32,7 @@ def load(recipe: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: with every fault that was found.
     """
     tree = {} if recipe is None else _mapping(_recipe_text(str(recipe)), str(recipe))
-    faults = [fault for text in overrides for fault in _override(tree, text)]
-    return _validate(tree, faults)
+    return _validate(tree, _override(tree, overrides))
 
 
 def change(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
@@ -42,7 +42,7 @@ def change(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
         ConfigError: with every fault that was found.
     """
     tree = _mapping(dump(config), "config")
-    return _validate(tree, [fault for text in overrides for fault in _override(tree, text)])
+    return _validate(tree, _override(tree, overrides))
 
 
 def parse(text: str, source: str = "config.yaml") -> RunConfig:
@@ -170,32 +170,50 @@ def _expand_pools(tree: dict[str, Any]) -> Iterator[str]:
         yield f"data.pools must name the folder that `raysemi pack --out` wrote; got {folder!r}. Correct or remove it."
 
 
-def _override(tree: dict[str, Any], text: str) -> Iterator[str]:
-    """Sets one value in the tree; yields its faults."""
-    path, equals, value_text = text.partition("=")
-    keys = path.strip().split(".")
-    if not equals or not all(re.fullmatch(r"\w+", key) for key in keys):
-        yield f"override must read a.b=value; got {text!r}. Write the setting's dotted path, `=` and its value."
-        return
-    try:
-        value = _yaml(value_text)
-    except yaml.YAMLError:
-        yield f"{path} must be a YAML value; got {value_text!r}. Quote it if it is a text with special signs."
-        return
-    if len(keys) == 1 and keys[0] in _NAMED and isinstance(value, str):
-        # A word means `.name`: with the same name the recipe's other keys stay, another name starts from defaults.
-        if not isinstance(tree.get(keys[0]), dict) or tree[keys[0]].get("name") != value:
-            tree[keys[0]] = {"name": value}
-        return
+def _override(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Sets values in the tree, one after another; returns the faults."""
+    faults, given = [], dict[str, Any]()
+    for text in overrides:
+        path, equals, value_text = text.partition("=")
+        keys = path.strip().split(".")
+        if not equals or not all(re.fullmatch(r"\w+", key) for key in keys):
+            faults.append(
+                f"override must read a.b=value; got {text!r}. Write the setting's dotted path, `=` and its value."
+            )
+            continue
+        try:
+            value = _yaml(value_text)
+        except yaml.YAMLError:
+            faults.append(
+                f"{path} must be a YAML value; got {value_text!r}. Quote it if it is a text with special signs."
+            )
+            continue
+        if len(keys) == 1 and keys[0] in _NAMED and isinstance(value, str):
+            _rename(tree, given, keys[0], value)
+        else:
+            for below in (tree, given):
+                _set(below, keys, value)
+    return faults
+
+
+def _rename(tree: dict[str, Any], given: dict[str, Any], section: str, name: str) -> None:
+    """A word for a section means `.name`: with the same name the recipe's other keys stay, another name starts from
+    defaults and from what overrides have set so far, wherever they stand."""
+    _set(given, [section, "name"], name)
+    if not isinstance(tree.get(section), dict) or tree[section].get("name") != name:
+        tree[section] = copy.deepcopy(given[section])
+
+
+def _set(tree: dict[str, Any], keys: Sequence[str], value: Any) -> None:
     section = tree
     for key in keys[:-1]:
         if not isinstance(section.get(key), dict):
             section[key] = {}
         section = section[key]
-    if keys == ["data", "pools"]:
+    if list(keys) == ["data", "pools"]:
         for name in _POOLS:
             section.pop(name, None)  # the recipe's; an override after this one counts again
-    section[keys[-1]] = value
+    section[keys[-1]] = copy.deepcopy(value)
 
 
 def _validate(tree: dict[str, Any], faults: list[str]) -> RunConfig:

@@ -38,12 +38,16 @@ class GradientsConfig(Config):
     weights: tuple[Weight, Weight] = (0.5, 0.5)
     """fixed: factors on L_supervised and L_unsupervised, used as they are; [0.5, 0.5] is uniform, and what the paper
     calls 2 : 1, unsupervised to supervised, is [0.5, 1]."""
-    meo: bool = Field(True, json_schema_extra=choices([True, False]))
+    meo: bool = Field(True, json_schema_extra=choices([True, False], requires={"name": ["pareto"]}))
     """pareto: the step gets the length of the uniform one; without, it is shorter, as with a smaller learning rate."""
-    min_ratio: float = Field(1e-3, ge=0.0, le=1.0, json_schema_extra=choices([0.0, 1e-3, 1e-2]))
+    min_ratio: float = Field(
+        1e-3, ge=0.0, le=1.0, json_schema_extra=choices([0.0, 1e-3, 1e-2], requires={"name": ["pareto"]})
+    )
     """pareto: a gradient shorter than this share of the other counts as vanished, and the step is uniform; 0 = only
     one that is 0."""
-    max_scale: float | None = Field(10.0, ge=1.0, json_schema_extra=choices([3.0, 10.0, None]))
+    max_scale: float | None = Field(
+        10.0, ge=1.0, json_schema_extra=choices([3.0, 10.0, None], requires={"name": ["pareto"], "meo": [True]})
+    )
     """pareto: largest factor of `meo`; null = no limit, as in the paper."""
     every: int = Field(1, ge=1, json_schema_extra={"unit": "steps"})
     """pareto: steps between two computations of the weights; the steps between cost one backward. 1 = the paper's."""

@@ -48,11 +48,10 @@ class AveragedCopy:
         """
         if self._average.kind == "ema":
             counted = step - self._average.start * self._period
-            if counted < self._average.copied * self._period:
-                self._blend(student, 1.0, finite)
-            else:
-                only_weights = self._average.buffers == "own"
-                self._blend(student, 1.0 - schedules.ema_decay(counted, self._average.decay), finite, only_weights)
+            copied = counted < self._average.copied * self._period
+            share = 1.0 if copied else 1.0 - schedules.ema_decay(counted, self._average.decay)
+            # statistics of its own are left alone from the first step on in which the method's passes move them
+            self._blend(student, share, finite, only_weights=self._average.buffers == "own" and counted >= 0)
         elif self._average.at == "end" and (step + 1) % self._period == 0:
             self._blend(student, 1.0 - self._average.ratio)
             self.started = True

@@ -15,7 +15,7 @@ from raysemi.errors import CheckpointError, ConfigError, DataError
 from raysemi.methods import METHODS
 from raysemi.methods.base import Method
 from raysemi.methods.weighting import build_weighting
-from raysemi.models.segmentor import ModelConfig, Segmentor, build_segmentor
+from raysemi.models.segmentor import Segmentor, build_segmentor
 
 
 def open_pool(path: str | None, setting: str, *, masks: bool = False) -> Pool:
@@ -78,13 +78,25 @@ def open_pools(config: RunConfig) -> Pools:
             f"with {unlabeled.num_masks} masks for {unlabeled.num_samples} images. Set it to 0, or pack the unlabeled "
             "pool again with --keep-unlabeled-masks."
         )
-    try:
-        METHODS[config.method.name][1](config.method, len(classes))
-    except ConfigError as error:  # what a method refuses for this number of classes
-        faults += error.faults
+    if len(classes) < 2:
+        faults.append(
+            f"data.labeled must have at least two classes, or there is nothing to learn; got {', '.join(classes)}. "
+            "Name the rest of the image as a class of its own, such as background, and pack again."
+        )
+    else:
+        faults += _refused_by_method(config, len(classes))
     if faults:
         raise ConfigError(faults)
     return Pools(pools["labeled"], pools["val"], unlabeled)
+
+
+def _refused_by_method(config: RunConfig, num_classes: int) -> tuple[str, ...]:
+    """What a method refuses for a number of classes."""
+    try:
+        METHODS[config.method.name][1](config.method, num_classes)
+    except ConfigError as error:
+        return error.faults
+    return ()
 
 
 MAY_CHANGE = (
@@ -123,16 +135,18 @@ def refuse_another_run(config: RunConfig) -> None:
         )
 
 
-def build(config: RunConfig, num_classes: int, model: ModelConfig | None = None) -> tuple[Segmentor, Method]:
+def build(config: RunConfig, num_classes: int, *, untrained: bool = False) -> tuple[Segmentor, Method]:
     """The student with the heads that its method asks for, and the method with its weighting, on the CPU.
 
     Args:
         config: the run.
         num_classes: classes of its pools.
-        model: in place of `config.model` (other weights to begin with).
+        untrained: begin with random weights, whatever `model.weights` says: a checkpoint will replace them all, and
+            neither a hub nor a file is asked for.
     """
     method = METHODS[config.method.name][1](config.method, num_classes)
-    student = build_segmentor(model or config.model, num_classes, method.heads, config.seed)
+    model = config.model.model_copy(update={"weights": "random"}) if untrained else config.model
+    student = build_segmentor(model, num_classes, method.heads, config.seed)
     method.weighting = build_weighting(config.weighting, num_classes, student.penultimate_channels)
     return student, method
 
@@ -174,8 +188,7 @@ def load_network(run: str | Path, which: Literal["last", "best"] = "last") -> Tr
             f"{run} must hold a whole checkpoint; got none. Train it first: the same command goes on."
         )
     classes = tuple(snapshot.state["classes"])
-    untrained = config.model.model_copy(update={"weights": "random"})  # every weight is in the checkpoint
-    network, _ = build(config, len(classes), untrained)
+    network, _ = build(config, len(classes), untrained=True)
     weights = snapshot.tensors["teacher" if snapshot.state["average_started"] else "student"]
     checkpoint_path = f"{run}/{checkpoint.checkpoint_name(snapshot.step)}"
     advice = f"Remove the folder {checkpoint_path}; the same command goes on from an earlier checkpoint."

@@ -66,7 +66,8 @@ class _Run:
         refuse_another_run(config)
         pools = open_pools(config)
         self.labeled, self.val, self.unlabeled = pools.labeled, pools.val, pools.unlabeled
-        student, method = build(config, len(self.labeled.classes))
+        self._snapshot = checkpoint.load_newest(self.folder)
+        student, method = build(config, len(self.labeled.classes), untrained=self._snapshot is not None)
         self.method = method
         first = self.unlabeled or self.labeled
         batch = config.train.batch
@@ -128,7 +129,7 @@ class _Run:
     def _resume(self) -> None:
         """Goes on from the newest whole checkpoint."""
         text = config_io.dump(self.config)
-        snapshot = checkpoint.load_newest(self.folder)
+        snapshot, self._snapshot = self._snapshot, None
         best_miou = checkpoint.best_miou(self.folder)
         self._agree_on(0 if snapshot is None else snapshot.step)
         distributed.barrier(self.across)  # every rank has read the folder before rank 0 writes to it

@@ -49,7 +49,9 @@ class AugSegConfig(Config):
     )
     """Whether a box of a labeled image enters an image's copy. adaptive: with probability 1 - (confidence of the
     teacher in the image)."""
-    labeled_beta: tuple[Shape, Shape] = Field((8, 2), json_schema_extra=choices([[8, 2], [4, 4]]))
+    labeled_beta: tuple[Shape, Shape] = Field(
+        (8, 2), json_schema_extra=choices([[8, 2], [4, 4]], requires={"injection": ["adaptive", "always"]})
+    )
     """Beta distribution of the share of a copy that the labeled box leaves: (8, 2) = boxes of 20 % on average."""
     unlabeled_beta: tuple[Shape, Shape] = Field((4, 4), json_schema_extra=choices([[4, 4], [1, 1]]))
     """Beta distribution of the share of an image that its partner's box leaves: (4, 4) = boxes of 50 % on average."""

@@ -66,16 +66,18 @@ class Average(Config):
     kind: Literal["none", "ema", "period"] = Field("none", json_schema_extra=choices(["none", "ema", "period"]))
     """none: the student itself. ema: t <- d t + (1-d) s each step, d = min(1 - 1/(i+1), decay), i from 0.
     period: t <- ratio t + (1-ratio) s once every `train.period` steps (DerProp's momentum network)."""
-    decay: float = Field(0.996, ge=0.0, lt=1.0, json_schema_extra=choices([0.99, 0.996, 0.999, 0.9996]))
+    decay: float = Field(
+        0.996, ge=0.0, lt=1.0, json_schema_extra=choices([0.99, 0.996, 0.999, 0.9996], requires={"kind": ["ema"]})
+    )
     """Largest decay of `ema`, per step."""
     start: int = Field(0, ge=0)
     """ema: period (`train.period`) from whose first step on i counts; before it the copy is the student itself."""
-    copied: int = Field(0, ge=0, json_schema_extra=choices([0, 1]))
-    """ema: periods, after `start`, in which the copy is still the student itself."""
+    copied: int = Field(0, ge=0, json_schema_extra=choices([0, 1], requires={"kind": ["ema"]}))
+    """ema: periods, after `start`, in which the copy still has the student's own weights."""
     buffers: Literal["averaged", "own"] = "averaged"
-    """ema: BatchNorm's running statistics. averaged: as the weights are. own: from the passes that the method makes
-    with the copy in train mode."""
-    ratio: float = Field(0.5, gt=0.0, lt=1.0, json_schema_extra=search(0.3, 0.9))
+    """ema: BatchNorm's running statistics. averaged: as the weights are. own: from `start` on, those of the passes that
+    the method makes with the copy in train mode."""
+    ratio: float = Field(0.5, gt=0.0, lt=1.0, json_schema_extra=search(0.3, 0.9, requires={"kind": ["period"]}))
     """Share that the averaged copy keeps at each update of `period`."""
     at: Literal["end", "start"] = "end"
     """When `period` updates: at the end of each period, or (the reference) at the start of the next: copied at the

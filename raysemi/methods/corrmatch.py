@@ -17,19 +17,14 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from raysemi.base import Config, choices, merged, search
+from raysemi.base import Config, choices
 from raysemi.data.types import SemiBatch
 from raysemi.methods.base import Average, Method, StepContext
 from raysemi.methods.passes import HIDDEN, Projections, View, strong_pass, weak_pass
 from raysemi.methods.propagation import (
-    CutMixConfig,
-    FeaturePerturbationConfig,
-    KlTarget,
-    RegionConfig,
-    ThresholdConfig,
     labeled_pair,
     lessons,
     observe_taught,
@@ -37,9 +32,10 @@ from raysemi.methods.propagation import (
     soft_targets,
     teach,
 )
+from raysemi.methods.propagation_config import CutMixConfig, SpreadingConfig
 from raysemi.models.heads import CorrelationHead
 from raysemi.models.segmentor import Channels
-from raysemi.ops.losses import Criterion, Objective, kl_divergence, unsupervised
+from raysemi.ops.losses import Objective, kl_divergence, unsupervised
 
 _HALF = 0.5  # the published total is the half-sum of the supervised and the unsupervised side
 
@@ -67,42 +63,17 @@ class CorrelationConfig(Config):
     """Whose shares add up to 1: those that a cell hands out (code), or those that it receives."""
 
 
-class CorrMatchConfig(Config):
+class CorrMatchConfig(SpreadingConfig):
     """`method.*` of `corrmatch`."""
 
+    presets = PRESETS
     name: Literal["corrmatch"] = "corrmatch"
     preset: Literal["raysemi", "reference", "paper"] = "raysemi"
     """Set of defaults; a key that is given wins. reference: as the released code. paper: without the loss on perturbed
     features."""
     corr: CorrelationConfig = CorrelationConfig()
-    threshold: ThresholdConfig = ThresholdConfig()
-    region: RegionConfig = RegionConfig()
-    cutmix: CutMixConfig = CutMixConfig()
-    criterion: Criterion = Criterion()
-    """Loss of the labeled images."""
     average: Average = Average()
     """Averaged copy that is evaluated; none by default, as in the paper."""
-    labeled_weight: float = Field(0.5, ge=0.0, json_schema_extra=search(0.25, 1.0))
-    """Coefficient of L_x."""
-    labeled_propagated_weight: float = Field(0.5, ge=0.0, json_schema_extra=search(0.05, 0.5))
-    """Coefficient of L_xc, the loss of propagated logits of labeled images."""
-    strong_weight: float = Field(0.25, ge=0.0, json_schema_extra=search(0.05, 0.5))
-    """Coefficient of L_h, the cross-entropy of strong views to the labels after region propagation."""
-    kl_weight: float = Field(0.25, ge=0.0, json_schema_extra=search(0.05, 0.5))
-    """Coefficient of L_kl, the divergence of strong views from the weak view's distribution."""
-    kl_target: KlTarget = "pasted"
-    """Distribution inside the CutMix box: the source's, (code) the wrong image's, or none."""
-    kl_mask: Literal["base", "expanded"] = "base"
-    """Pixels of the divergence: trusted before, or after region propagation."""
-    propagated_weight: float = Field(0.25, ge=0.0, json_schema_extra=search(0.05, 0.5))
-    """Coefficient of L_c, the loss of propagated logits of unlabeled images."""
-    fp: FeaturePerturbationConfig = FeaturePerturbationConfig()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _preset_below_given(cls, data: Any) -> Any:
-        preset = data.get("preset") if isinstance(data, dict) else None
-        return merged(PRESETS[preset], data) if isinstance(preset, str) and preset in PRESETS else data
 
     @field_validator("cutmix")
     @classmethod
@@ -127,7 +98,7 @@ class CorrMatch(Method):
         self.config = config
         self.channels = config.corr.dim or num_classes
         self.average = config.average
-        self.second_view = config.cutmix.partner != "pair"
+        self.second_view = not config.cutmix.pairs
         self.register_buffer("threshold", torch.tensor(config.threshold.initial, dtype=torch.float32))
 
     def heads(self, channels: Channels) -> dict[str, nn.Module]:
@@ -137,6 +108,7 @@ class CorrMatch(Method):
     def objectives(self, batch: SemiBatch, context: StepContext) -> dict[str, Objective]:
         """All terms; without unlabeled images those of the labeled ones alone."""
         config, num_labeled = self.config, len(batch.image_L3HW)
+        own, spread = config.labeled_weights
         both, perturbed_UKHW = weak_pass(batch, context, perturb=config.fp.weight > 0.0)
         spread_BKHW = self._spread(both)
         terms = labeled_pair(
@@ -144,7 +116,7 @@ class CorrMatch(Method):
             both.logits_BKHW[:num_labeled],
             spread_BKHW[:num_labeled],
             batch.label_LHW,
-            (_HALF * config.labeled_weight, _HALF * config.labeled_propagated_weight),
+            (_HALF * own, _HALF * spread),
             context,
         )
         if len(batch.weak_U3HW) == 0:

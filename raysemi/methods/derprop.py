@@ -25,21 +25,16 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from raysemi.base import Config, choices, merged, search
+from raysemi.base import Config, choices, search
 from raysemi.data.types import SemiBatch
 from raysemi.errors import ConfigError
 from raysemi.methods.base import Average, Method, StepContext
 from raysemi.methods.derivative_maps import DerivativeConfig, DerivativeMaps, PropagationConfig
 from raysemi.methods.passes import HIDDEN, View, labeled_and_strong_pass, momentum_pass, strong_pass, weak_pass
 from raysemi.methods.propagation import (
-    CutMixConfig,
-    FeaturePerturbationConfig,
-    KlTarget,
     Lesson,
     Pair,
-    RegionConfig,
     Taught,
-    ThresholdConfig,
     labeled_pair,
     lessons,
     observe_taught,
@@ -47,12 +42,12 @@ from raysemi.methods.propagation import (
     soft_targets,
     teach,
 )
+from raysemi.methods.propagation_config import SpreadingConfig
 from raysemi.models.decoders import resize
 from raysemi.models.heads import CorrelationHead
 from raysemi.models.segmentor import Channels
 from raysemi.ops.cells import at_nodes, outside_box
 from raysemi.ops.losses import (
-    Criterion,
     Objective,
     kl_divergence,
     soft_cross_entropy,
@@ -95,9 +90,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Preset -> the defaults that it changes."""
 
 
-class DerPropConfig(Config):
+class DerPropConfig(SpreadingConfig):
     """`method.*` of `derprop`."""
 
+    presets = PRESETS
     name: Literal["derprop"] = "derprop"
     preset: Literal["raysemi", "reference", "paper"] = "raysemi"
     """Set of defaults; a key that is given wins. reference: as the released code, terms that train nothing included.
@@ -110,7 +106,9 @@ class DerPropConfig(Config):
     """lambda: coefficient of the sparsity of the next order, times `deriv.weight`; 0 = without."""
     deriv: DerivativeConfig = DerivativeConfig()
     prop: PropagationConfig = PropagationConfig()
-    labeler: Literal["student", "momentum"] = Field("student", json_schema_extra=choices(["student", "momentum"]))
+    labeler: Literal["student", "momentum"] = Field(
+        "student", json_schema_extra=choices(["student", "momentum"], beside={"momentum": {"fp.weight": 0.0}})
+    )
     """Who sees the weak views, and so makes the pseudo-labels and the maps that strong views must match. student: as
     published, taught by its own weak views too. momentum: the averaged network, in eval mode; the student sees the
     strong views in one pass with the labeled images. About a fifth cheaper, steadier where few images share
@@ -121,36 +119,9 @@ class DerPropConfig(Config):
     """How alpha, the share of propagated logits, grows from 0: once a `train.period`, or every step."""
     alpha_max: float = Field(1.0, ge=0.0, le=1.0, json_schema_extra=choices([0.5, 0.75, 1.0]))
     """alpha at the end of the run."""
-    threshold: ThresholdConfig = ThresholdConfig()
-    region: RegionConfig = RegionConfig()
-    cutmix: CutMixConfig = CutMixConfig()
     momentum: MomentumConfig = MomentumConfig()
-    criterion: Criterion = Criterion()
-    """Loss of the labeled images."""
-    labeled_weight: float = Field(0.5, ge=0.0, json_schema_extra=search(0.25, 1.0))
-    """l1: coefficient of L_x, and of L_xc unless that has its own."""
-    labeled_propagated_weight: float | None = Field(None, ge=0.0, json_schema_extra=choices([None, 0.05, 0.25]))
-    """Coefficient of L_xc, the loss of propagated logits of labeled images; null: `labeled_weight`. Lower it where a
-    crop has few cells: labels that they cannot draw would move the encoder more than L_x does."""
-    strong_weight: float = Field(0.25, ge=0.0, json_schema_extra=search(0.05, 0.5))
-    """Coefficient of the cross-entropy of strong views."""
     strong_target: Literal["soft", "hard"] = Field("soft", json_schema_extra=choices(["soft", "hard"]))
     """soft: the blended distribution (code). hard: the label after region propagation (paper)."""
-    kl_weight: float = Field(0.25, ge=0.0, json_schema_extra=search(0.1, 0.5))
-    """l2: coefficient of the divergence of strong views."""
-    kl_target: KlTarget = "pasted"
-    """Distribution inside the CutMix box, of both soft terms: the source's, (code) the wrong image's, or none."""
-    kl_mask: Literal["base", "expanded"] = "base"
-    """Pixels of the divergence: trusted before, or after region propagation."""
-    propagated_weight: float = Field(0.25, ge=0.0, json_schema_extra=search(0.05, 0.5))
-    """Coefficient of L_c, the loss of propagated logits of unlabeled images."""
-    fp: FeaturePerturbationConfig = FeaturePerturbationConfig()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _preset_below_given(cls, data: Any) -> Any:
-        preset = data.get("preset") if isinstance(data, dict) else None
-        return merged(PRESETS[preset], data) if isinstance(preset, str) and preset in PRESETS else data
 
     @field_validator("kernel")
     @classmethod
@@ -219,7 +190,7 @@ class DerProp(Method):
         self.config = config
         self.channels = projected_channels(config, num_classes)
         self.maps = DerivativeMaps(config.deriv, config.prop, config.order, config.kernel, num_classes)
-        self.second_view = config.cutmix.partner != "pair"
+        self.second_view = not config.cutmix.pairs
         kept = config.momentum
         self.average = Average(kind="period", ratio=kept.ratio, at=kept.at) if config.has_momentum else Average()
         self.register_buffer("threshold", torch.tensor(config.threshold.initial, dtype=torch.float32))
@@ -282,8 +253,8 @@ class DerProp(Method):
 
     def _labeled_terms(self, labeled: View, batch: SemiBatch, context: StepContext) -> dict[str, Objective]:
         config, spread_LKHW = self.config, self._spread(labeled)
-        weight, own = config.labeled_weight, config.labeled_propagated_weight
-        weights = _HALF * weight, _HALF * (weight if own is None else own)
+        own, spread = config.labeled_weights
+        weights = _HALF * own, _HALF * spread
         terms = labeled_pair(config.criterion, labeled.logits_BKHW, spread_LKHW, batch.label_LHW, weights, context)
         if config.matches_maps:
             match = self.maps.label_match(labeled.projections, at_nodes(batch.label_LHW, labeled.cells))

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -66,6 +66,15 @@ class ContrastConfig(Config):
     a wrong class above it confuses a labeled pixel. Below the number of classes: 1 for two."""
     high_rank: int = Field(20, ge=2, json_schema_extra=choices([10, 20]))
     """r_h: classes at this place or lower are so unlikely that they teach nothing."""
+
+    @model_validator(mode="after")
+    def _some_ranks_teach(self) -> ContrastConfig:
+        if self.low_rank >= self.high_rank:
+            raise ValueError(
+                f"low_rank must be less than high_rank, {self.high_rank}; got {self.low_rank}. Lower it, or raise "
+                "high_rank"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -120,10 +129,10 @@ class PixelContrast(nn.Module):
 
     def __init__(self, config: ContrastConfig, queue: QueueConfig, num_classes: int, dim: int) -> None:
         super().__init__()
-        if not config.low_rank < min(config.high_rank, num_classes):
+        if config.low_rank >= num_classes:
             raise ConfigError(
-                f"method.contrast.low_rank must be less than the number of classes, {num_classes}, and than high_rank, "
-                f"{config.high_rank}; got {config.low_rank}. Set it to 1 for two classes."
+                f"method.contrast.low_rank must be less than the number of classes, {num_classes}; got "
+                f"{config.low_rank}. Set it to 1 for two classes."
             )
         self.config = config
         self.num_classes = num_classes

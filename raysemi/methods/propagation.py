@@ -9,16 +9,15 @@ C channels of a map's factor, S segments.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from raysemi.base import Config, choices, search
 from raysemi.data.types import SemiBatch
 from raysemi.methods.base import StepContext, in_eval_mode
 from raysemi.methods.passes import View
+from raysemi.methods.propagation_config import CutMixConfig, KlTarget, RegionConfig, SpreadingConfig, ThresholdConfig
 from raysemi.methods.weighting import UnlabeledPass, Weighting
 from raysemi.models.decoders import resize
 from raysemi.ops.cells import Size
@@ -30,48 +29,6 @@ from raysemi.ops.similarity import at_least_fp32, collect, map_rows, propagate, 
 
 Pair = tuple[Tensor, Tensor]
 """A sum, and what it is divided by over all ranks."""
-
-
-class ThresholdConfig(Config):
-    """`method.threshold.*`: from which confidence on a pseudo-label is trusted."""
-
-    mode: Literal["dynamic", "fixed"] = Field("dynamic", json_schema_extra=choices(["dynamic", "fixed"]))
-    """dynamic: follows the mean over present classes of their largest confidence. fixed: `initial` for ever."""
-    initial: float = Field(0.85, gt=0.0, le=1.0, json_schema_extra=choices([0.65, 0.75, 0.85, 0.95]))
-    """Threshold before the first step, a probability."""
-    momentum: float = Field(0.999, ge=0.0, lt=1.0, json_schema_extra=choices([0.99, 0.999, 0.9995]))
-    """Share of the old threshold that a step keeps."""
-    ignore: Literal["base", "pasted"] = "base"
-    """Pixels that count: valid ones of the weak view, or (the reference) those of the mixed view."""
-
-
-class FeaturePerturbationConfig(Config):
-    """`method.fp.*`."""
-
-    weight: float = Field(0.25, ge=0.0, json_schema_extra=search(0.05, 0.5))
-    """Coefficient of L_fp, the loss on features with half of the channels dropped; 0 spares its decoder pass."""
-
-
-class RegionConfig(Config):
-    """`method.region.*`: segments, rows of the map, that overwrite pseudo-labels."""
-
-    enable: bool = True
-    """False: pseudo-labels and trusted pixels stay as they are."""
-    segments: int = Field(128, ge=1, le=4096, json_schema_extra=choices([16, 32, 64, 128, 256]))
-    """S, rows of the map that are sampled; the same rows for all images of a step."""
-    rows: Literal["random", "uniform", "reference"] = Field("random", json_schema_extra=choices(["random", "uniform"]))
-    """random: with replacement. uniform: evenly spaced. reference: random, but the last cell is never drawn."""
-    impl: Literal["auto", "oracle", "loop", "bitplane"] = "auto"
-    """Implementation (`ops.regions`); all give the same bits."""
-
-
-class CutMixConfig(Config):
-    """`method.cutmix.*`."""
-
-    partner: Literal["pair", "second_view", "momentum_view"] = "pair"
-    """Whose pixels fill the box. pair: of the neighbouring slot, nothing is computed twice. second_view: of another
-    view of the same image, labeled by the student in eval mode. momentum_view: the same, labeled by the momentum
-    network (the reference of DerProp)."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +67,7 @@ def _pixels(strong_U3HW: Tensor, targets: Targets) -> tuple[Tensor, ...]:
 
 
 def _source(config: CutMixConfig, batch: SemiBatch, context: StepContext) -> tuple[Tensor, ...] | None:
-    if config.partner == "pair":
+    if config.pairs:
         return None
     weak, strong, valid = batch.second_weak_U3HW, batch.second_strong_U3HW, batch.second_valid_UHW
     assert weak is not None  # the method asked for a second view
@@ -121,17 +78,6 @@ def _source(config: CutMixConfig, batch: SemiBatch, context: StepContext) -> tup
             assert context.teacher is not None  # the config refuses it without a momentum network
             return _pixels(strong, Targets.of(context.teacher(weak).logits_BKHW, valid))
         return _pixels(strong, Targets.of(in_eval_mode(context.student, weak), valid))
-
-
-class TeachingConfig(Protocol):
-    """What `teach` reads of a method's config."""
-
-    @property
-    def threshold(self) -> ThresholdConfig: ...  # noqa: D102
-    @property
-    def region(self) -> RegionConfig: ...  # noqa: D102
-    @property
-    def cutmix(self) -> CutMixConfig: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -150,7 +96,7 @@ class Taught:
 
 
 def teach(
-    config: TeachingConfig,
+    config: SpreadingConfig,
     logits_UKHW: Tensor,
     threshold: Tensor,
     factors: tuple[Tensor, Tensor],
@@ -197,9 +143,6 @@ def observe_taught(
     context.observe("kept_ratio", taught.expanded_UHW.sum() / final.valid_UHW.sum().clamp(min=1))
 
 
-KlTarget = Literal["pasted", "unpasted", "drop_box"]
-
-
 def soft_targets(taught: Taught, kl_target: KlTarget, boxes_U4: Tensor) -> tuple[Tensor, Tensor]:
     """Distribution of the soft terms, and the pixels where it may be taught: (distribution_UKHW, allowed_UHW)."""
     allowed_UHW = taught.final.valid_UHW
@@ -233,7 +176,7 @@ class Lesson:
 
 def lessons(
     weighting: Weighting,
-    config: TeachingConfig,
+    config: SpreadingConfig,
     views: tuple[View, View, View],
     taught: Taught,
     batch: SemiBatch,
@@ -251,6 +194,12 @@ def lessons(
     """
     labeled, weak, strong = views
     boxes_U4, base, final = batch.boxes_VU4[0], taught.base, taught.final
+    if not config.cutmix.pairs:  # nothing is weighted then: the config refuses it
+        ones_UHW = weighting.weigh(weak.seen, base.label_UHW, context)
+        return (
+            Lesson(base, taught.base_trusted_UHW, ones_UHW, weighting),
+            Lesson(final, taught.expanded_UHW, ones_UHW, weighting),
+        )
     reliable_UHW = weighting.reliable(base.label_UHW, base.confidence_UHW, batch)
     reliable_UHW, label_UHW = paste(boxes_U4, reliable_UHW, base.label_UHW)
     reliable_UHW = reliable_UHW & (label_UHW == final.label_UHW)  # a region may say another class than the pixel

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 
 from raysemi.base import Config, choices, search
 from raysemi.data.types import SemiBatch
-from raysemi.errors import ConfigError
 from raysemi.methods.base import Average, Method, StepContext, group_size
 from raysemi.methods.pixel_contrast import Cells, ContrastConfig, PixelContrast, QueueConfig
 from raysemi.methods.weighting import UnlabeledPass
@@ -136,11 +135,7 @@ class U2PL(Method):
         representation = RepresentationHead(channels.joined, dim=size.dim, hidden=size.hidden)
         heads: dict[str, nn.Module] = {"representation": representation}
         if self.config.auxiliary_weight > 0.0:
-            if channels.middle is None:
-                raise ConfigError(
-                    "method.auxiliary_weight must be 0 with an encoder that has no map before its last; got "
-                    f"{self.config.auxiliary_weight}. Set it to 0."
-                )
+            assert channels.middle is not None  # the config refuses an encoder without it
             heads["auxiliary"] = AuxiliaryHead(channels.middle, self.num_classes)
         return heads
 
@@ -226,7 +221,7 @@ class U2PL(Method):
         terms = {"supervised": supervised(loss(view.prediction.logits_BKHW), weight=1.0)}
         if self.config.auxiliary_weight > 0.0:
             middle_BDhw = view.prediction.features.middle_BDhw
-            assert middle_BDhw is not None  # `heads` refuses an encoder without it
+            assert middle_BDhw is not None  # the config refuses an encoder without it
             scores_BKhw = context.student.heads["auxiliary"](middle_BDhw, view.keep)
             terms["auxiliary"] = supervised(loss(resize(scores_BKhw, size)), self.config.auxiliary_weight)
         return terms

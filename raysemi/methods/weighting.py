@@ -135,7 +135,7 @@ class RankWeightingConfig(Config):
     """rank: shared strongest channels."""
     preset: Literal["paper", "released"] = Field("paper", json_schema_extra=choices(["paper", "released"]))
     """Set of defaults; a key that is given wins. paper: weight s / k. released (code): 1 + s / k, weighted mean."""
-    k: int = Field(5, ge=1, json_schema_extra=choices([3, 5, 7, 9], unit="channels"))
+    k: int = Field(5, ge=1, json_schema_extra=choices([3, 5, 7, 9], unit="channels", requires={"similarity": ["rank"]}))
     """Strongest channels that are compared; at most the channels of the penultimate map."""
     offset: float = Field(0.0, ge=0.0, le=1.0, json_schema_extra=choices([0.0, 0.5, 1.0]))
     """a in the weight a + s / k."""

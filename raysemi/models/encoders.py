@@ -31,6 +31,12 @@ DINOV2 = {
     "vit_large_patch14_dinov2": (4, 11, 17, 23),
 }
 """The papers' transformers -> the blocks, from 0, whose outputs the decoder reads."""
+DINOV2_CHANNELS = {
+    "vit_small_patch14_dinov2": 384,
+    "vit_base_patch14_dinov2": 768,
+    "vit_large_patch14_dinov2": 1024,
+}
+"""The papers' transformers -> channels of each of their maps."""
 PATCH = 14
 """Side of a patch of theirs, in pixels: sides of what they see are multiples of it."""
 LITE0 = "tf_efficientnet_lite0"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from raysemi.base import Config, choices
 from raysemi.models.decoders import DeepLabV3Plus, Keep, WideDeepLabV3Plus, resize
 from raysemi.models.dpt import DPT, WIDTHS
-from raysemi.models.encoders import DINOV2, LITE0, PAPER_RESNETS, Encoder, Features, build_encoder
+from raysemi.models.encoders import DINOV2, DINOV2_CHANNELS, LITE0, PAPER_RESNETS, Encoder, Features, build_encoder
 from raysemi.models.weights import load_encoder
 
 _RATES = {16: (6, 12, 18), 8: (12, 24, 36)}
@@ -125,6 +125,13 @@ class ModelConfig(Config):
                 f"got {', '.join(str(getattr(self, name)) for name in given)}. Set {defaults}."
             )
         return self
+
+    @property
+    def penultimate_channels(self) -> int:
+        """Channels of the map that the network's classifier reads, known before the network is made."""
+        if self.name != "dpt":
+            return self.channels
+        return WIDTHS[DINOV2_CHANNELS[self.encoder.partition(".")[0]]][0]
 
 
 class Segmentor(nn.Module):

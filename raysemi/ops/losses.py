@@ -66,10 +66,10 @@ class Criterion(Config):
     """ce: cross-entropy over all annotated pixels. ohem: over the hard ones alone (the papers', on Cityscapes).
     balanced: over all, a rare class's weighing more; for few labeled images, where plain cross-entropy may never learn
     one."""
-    power: float = Field(0.5, ge=0.0, le=1.0, json_schema_extra=search(0.25, 0.75))
+    power: float = Field(0.5, ge=0.0, le=1.0, json_schema_extra=search(0.25, 0.75, requires={"name": ["balanced"]}))
     """balanced: a pixel weighs (pixels of its class in the global batch) ** -power. 0: as ce; 1: every class of the
     batch weighs the same."""
-    threshold: float = Field(0.7, ge=0.0, lt=1.0, json_schema_extra=search(0.5, 0.9))
+    threshold: float = Field(0.7, ge=0.0, lt=1.0, json_schema_extra=search(0.5, 0.9, requires={"name": ["ohem"]}))
     """ohem: a pixel whose true class has at most this probability is always kept."""
     min_kept: int = Field(100_000, ge=0, json_schema_extra={"unit": "pixels"})
     """ohem: pixels kept at least; fewer annotated ones than this: all of them. Scope `global`: of the global batch

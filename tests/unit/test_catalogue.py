@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 from raysemi import catalogue
 from raysemi.cli import MISTAKE, app
 from raysemi.config_io import load
-from raysemi.errors import ConfigError
 from raysemi.methods import METHODS
 
 
@@ -41,18 +40,35 @@ def searched(setting: dict[str, Any]) -> list[Any]:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_setting_has_a_meaning_and_searches_what_the_config_accepts(name):
-    """A value may need another setting beside it (an averaged copy, a labeler); none is unknown or out of range."""
-    refused = []
-    for setting in catalogue.describe(name)["settings"]:
-        assert setting["meaning"], setting["path"]
+    """Each value, set with what its range requires and what stands beside it, makes a run."""
+    described = {setting["path"]: setting for setting in catalogue.describe(name)["settings"]}
+    for path, setting in described.items():
+        assert setting["meaning"], path
+        needed = {key: values[0] for key, values in setting["requires"].items()}
+        assert needed.keys() <= described.keys()
         for value in searched(setting):
-            text = f"{setting['path']}={json.dumps(value)}"
-            try:
-                load(None, ["run=x", "data.pools=x", f"method={name}", text])
-            except ConfigError:
-                refused.append(text)
-    beside = {f'method.average.kind="{kind}"' for kind in ("none", "period")}  # where the teacher must be another
-    assert set(refused) <= beside | {'method.labeler="momentum"'}
+            beside = (setting["search"].get("beside", {})).get(value, {}) if isinstance(value, str) else {}
+            texts = [f"{key}={json.dumps(wanted)}" for key, wanted in ({path: value} | needed | beside).items()]
+            load(None, ["run=x", "data.pools=x", f"method={name}", *texts])
+
+
+def test_a_range_names_the_settings_that_it_needs():
+    fixmatch = {setting["path"]: setting for setting in catalogue.describe("fixmatch")["settings"]}
+    assert fixmatch["method.criterion.power"]["requires"] == {"method.criterion.name": ["balanced"]}
+    assert fixmatch["method.average.ratio"]["requires"] == {"method.average.kind": ["period"]}
+    assert fixmatch["method.threshold"]["requires"] == {}
+    assert fixmatch["method.average.kind"]["search"] == {"choices": ["ema", "period"]}  # it needs a teacher
+    for name, kinds in (("u2pl", ["ema"]), ("unimatch", ["none", "ema", "period"])):
+        described = {setting["path"]: setting for setting in catalogue.describe(name)["settings"]}
+        assert described["method.average.kind"]["search"]["choices"] == kinds
+        assert (described["method.average.ratio"]["search"] is None) == ("period" not in kinds)
+    derprop = {setting["path"]: setting for setting in catalogue.describe("derprop")["settings"]}
+    assert derprop["method.labeler"]["search"] == {
+        "choices": ["student", "momentum"], "beside": {"momentum": {"method.fp.weight": 0.0}},
+    }  # fmt: skip
+    assert derprop["method.threshold.momentum"]["requires"] == {"method.threshold.mode": ["dynamic"]}
+    lines = {row[0]: row[3] for row in catalogue.settings_table("fixmatch")[1]}
+    assert lines["method.criterion.power"] == "0.25 to 0.75 (with method.criterion.name=balanced)"
 
 
 def test_nested_sections_ranges_and_defaults_of_parents():

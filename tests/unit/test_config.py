@@ -239,6 +239,41 @@ def test_a_transformer_needs_crops_and_windows_of_whole_patches() -> None:
     config(data=pools | {"crop": 321}, eval=windows)
 
 
+def test_what_a_transformer_lacks_is_told_with_all_other_faults() -> None:
+    """Its width is known before it is made: 64 channels of the small one's decoder, 128 of the base one's."""
+    pools = {"labeled": "p/l", "unlabeled": "p/u", "val": "p/v", "crop": 518}
+    rank, u2pl = {"name": "rank", "k": 65}, {"name": "u2pl", "auxiliary_weight": 0.4}
+    text = refused(model=DPT, data=pools | {"crop": 321}, weighting=rank, method=u2pl, train={"steps": 3, "stop_at": 4})
+    for part in (
+        "weighting.k must be at most the width of dpt with vit_small_patch14_dinov2, 64; got 65. Lower it, or take a "
+        "larger encoder.",
+        "method.auxiliary_weight must be 0 with vit_small_patch14_dinov2, which has no map before its last; got 0.4",
+        "data.crop must be a multiple of 14",
+        "train.stop_at must",
+    ):
+        assert part in text
+    base = DPT | {"encoder": "vit_base_patch14_dinov2.lvd142m"}
+    config(model=base, data=pools, weighting=rank, method=u2pl | {"auxiliary_weight": 0.0})
+    config(data=pools, weighting=rank, method=u2pl)  # a convolutional network has 256 channels, and that map
+
+
+def test_ranks_that_leave_nothing_to_teach_are_told_when_the_config_is_read() -> None:
+    u2pl = {"name": "u2pl", "contrast": {"low_rank": 20}}
+    assert "low_rank must be less than high_rank, 20; got 20" in refused(method=u2pl)
+
+
+def test_a_second_view_leaves_no_pair_to_be_torn() -> None:
+    odd = {"steps": 50, "batch": {"labeled": 6, "unlabeled": 3}}
+    for name in ("derprop", "corrmatch"):
+        second = {"name": name, "cutmix": {"partner": "second_view"}}
+        for world in (1, 3):
+            check_world(config(train=odd, method=second), world)
+        with pytest.raises(ConfigError, match=r"divisible by the number of ranks, 2; got 3\. Set it to 4"):
+            check_world(config(train=odd, method=second), 2)
+        with pytest.raises(ConfigError, match="twice the number of ranks"):
+            check_world(config(train=odd, method={"name": name}), 3)
+
+
 def test_a_network_without_batchnorm_trains_with_one_image_a_rank() -> None:
     one = {"steps": 50, "batch": {"labeled": 2, "unlabeled": 4}}
     pools = {"labeled": "p/l", "val": "p/v", "crop": 518}

@@ -67,6 +67,24 @@ def test_short_forms(recipe: Path) -> None:
     assert config_io.load(recipe, ["method=derprop"]).method.name == "derprop"  # another name: its own defaults
 
 
+def test_the_order_of_a_name_and_its_keys_does_not_matter(recipe: Path) -> None:
+    for order in (1, -1):
+        config = config_io.load(recipe, ["gradients.measure_every=2", "gradients=pareto"][::order])
+        assert (config.gradients.name, config.gradients.measure_every) == ("pareto", 2)
+        config = config_io.load(recipe, ["method.region.segments=7", "method.order=2", "method=derprop"][::order])
+        assert (config.method.name, config.method.region.segments, config.method.order) == ("derprop", 7, 2)
+    again = config_io.load(recipe, ["gradients.name=fixed", "gradients.measure_every=3", "gradients=pareto"])
+    assert (again.gradients.name, again.gradients.measure_every) == ("pareto", 3)  # of two names the later one
+    recipe.write_text(BASE + "gradients: {name: fixed, weights: [1, 1], measure_every: 9}\n", encoding="utf-8")
+    given = config_io.load(recipe, ["gradients.every=1", "gradients=pareto"]).gradients
+    assert (given.name, given.measure_every, given.weights) == ("pareto", 0, (0.5, 0.5))  # the recipe's keys go
+
+
+def test_a_key_of_a_method_that_is_then_replaced_is_refused(recipe: Path) -> None:
+    (fault,) = faults(recipe, "method.order=2", "method=fixmatch")
+    assert fault.startswith("method.order must be a known setting; got 2")
+
+
 def test_pools_is_short_for_three_pools(recipe: Path) -> None:
     data = config_io.load(recipe, ["data.pools=s3://b/mine/", "data.val=other"]).data
     assert (data.labeled, data.unlabeled, data.val) == ("s3://b/mine/labeled", "s3://b/mine/unlabeled", "other")

@@ -70,19 +70,23 @@ def test_ema_copies_before_its_start_and_for_some_periods_after():
     assert got[4:] == pytest.approx(expected[1:], abs=1e-6)
 
 
-def test_own_buffers_are_copied_with_the_student_and_then_left_alone():
+def test_own_buffers_are_copied_until_the_start_and_then_left_alone():
+    """u2pl.md section 2: parameters alone are the student's in the first semi-supervised epoch, and then averaged."""
     student = Student(1.0)
-    teacher = AveragedCopy(student, Average(kind="ema", copied=1, buffers="own"), period=1)
+    teacher = AveragedCopy(student, Average(kind="ema", start=1, copied=1, buffers="own"), period=1)
     student.set(2.0)
     student.constant.fill_(0.5)
     teacher.after_step(student, 0, YES)
     assert torch.equal(teacher.model.constant, student.constant)
-    teacher.model.constant.fill_(0.25)  # as its own pass would
-    student.set(4.0)
-    teacher.after_step(student, 1, YES)
-    assert teacher.model.constant.tolist() == [0.25, 0.25]
-    assert teacher.model.counter.item() == 1
-    assert teacher.model.weight.item() == pytest.approx(3.0)
+    for step, (value, expected) in enumerate(((4.0, 4.0), (8.0, 6.0)), start=1):  # copied, then d = 1 - 1/2
+        teacher.model.constant.fill_(0.25 * step)  # as its own pass would
+        counter = teacher.model.counter.clone()
+        student.set(value)
+        student.constant.fill_(3.0)
+        teacher.after_step(student, step, YES)
+        assert teacher.model.weight.tolist() == pytest.approx([expected])
+        assert teacher.model.constant.tolist() == [0.25 * step] * 2
+        assert torch.equal(teacher.model.counter, counter)
 
 
 def test_the_copy_is_the_student_during_the_first_period():

@@ -11,13 +11,17 @@ import pytest
 import torch
 from makers import tiny_run
 
+from raysemi import api
 from raysemi.engine import checkpoint
 from raysemi.engine.folder import RunFolder
 from raysemi.errors import CheckpointError, ConfigError, DataError
 from raysemi.launch import worker
 from raysemi.launch.restore import load_network, open_pools
 from raysemi.launch.worker import run
+from raysemi.models.segmentor import build_segmentor
+from raysemi.models.weights import save_tensors
 from raysemi.ops.photometric import PARAMETERS
+from raysemi.report.page import build_report
 
 
 def newest(folder: Path) -> checkpoint.Snapshot:
@@ -108,6 +112,26 @@ def test_the_run_folder_holds_what_a_run_promises(scenes, tmp_path):
     assert trained.step == 6
     assert len(trained.classes) == len(trained.palette) == trained.network.num_classes == 7
     assert not trained.network.training
+
+
+def test_first_weights_are_read_once(scenes, tmp_path):
+    """A run that goes on, and whoever reads it, needs neither the file of the first weights nor a hub."""
+    file = tmp_path / "first.safetensors"
+    config = tiny_run(scenes, tmp_path / "run", "fixmatch")
+    encoder = build_segmentor(config.model, 7, None, seed=5).encoder
+    published = encoder.published_names()
+    save_tensors({published[name]: value for name, value in encoder.net.state_dict().items()}, file)
+    settings = [f"model.weights={file}", "train.steps=4", "eval.every=4"]
+    run(tiny_run(scenes, tmp_path / "whole", "fixmatch", *settings))
+    run(tiny_run(scenes, tmp_path / "run", "fixmatch", *settings, "train.stop_at=2"))
+    file.unlink()
+    with pytest.raises(ConfigError, match=r"model\.weights must be .*an existing file"):
+        run(tiny_run(scenes, tmp_path / "other", "fixmatch", *settings))
+    result = run(tiny_run(scenes, tmp_path / "run", "fixmatch", *settings))
+    assert_same_bits(newest(tmp_path / "whole"), newest(tmp_path / "run"))
+    assert api.evaluate(tmp_path / "run")["miou"] == result["miou"]
+    assert api.predict(tmp_path / "run", pool=scenes / "val", out=tmp_path / "maps") == 5
+    assert build_report([tmp_path / "run"], tmp_path / "report.html").exists()
 
 
 def test_a_finished_run_does_nothing_more(scenes, tmp_path):
@@ -230,6 +254,20 @@ def test_an_order_that_leaves_no_channel_is_told_before_any_worker_starts(scenes
     with pytest.raises(ConfigError, match=r"method\.order must leave a channel") as caught:
         open_pools(config)
     assert len(caught.value.faults) == 1
+
+
+def test_pools_of_one_class_are_refused(scenes, tmp_path):
+    """Every loss would be 0: said before any worker starts, without what a method would say of one class."""
+    pools = tmp_path / "pools"
+    shutil.copytree(scenes, pools)
+    for name in ("labeled", "unlabeled", "val"):
+        path = pools / name / "pool.json"
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps(content | {"classes": ["field"], "palette": content["palette"][:1]}))
+    for method in ("fixmatch", "u2pl"):
+        with pytest.raises(ConfigError, match=r"at least two classes.*got field.*background") as caught:
+            open_pools(tiny_run(pools, tmp_path / method, method))
+        assert len(caught.value.faults) == 1
 
 
 def test_labeled_images_alone_need_no_unlabeled_pool(scenes, tmp_path):

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from raysemi.errors import ConfigError
 from raysemi.methods.base import Average, Method, SingleRank, StepContext
 from raysemi.methods.derprop import PRESETS, DerProp, DerPropConfig, projected_channels
-from raysemi.methods.propagation import RegionConfig, Targets, mix, rectify, rows_of_step
+from raysemi.methods.propagation import Targets, mix, rectify, rows_of_step
+from raysemi.methods.propagation_config import RegionConfig
 from raysemi.ops.cells import at_nodes, outside_box
 from raysemi.ops.losses import kl_divergence
 from raysemi.ops.mixing import inside

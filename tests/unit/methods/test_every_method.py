@@ -70,6 +70,43 @@ def test_the_same_step_gives_the_same_bits(name):
     assert totals[0] == totals[1]
 
 
+def test_what_two_methods_share_they_say_alike():
+    """A word means the same in both, and so does a setting that is left out."""
+    corrmatch, derprop = (METHODS[name][0] for name in ("corrmatch", "derprop"))
+    shared = corrmatch.model_fields.keys() & derprop.model_fields.keys() - {"name", "preset"}
+    assert {"threshold", "region", "cutmix", "labeled_propagated_weight", "kl_target", "fp"} <= shared
+    for name in shared:
+        mine, theirs = corrmatch.model_fields[name], derprop.model_fields[name]
+        assert (mine.default, mine.description) == (theirs.default, theirs.description), name
+        assert mine.json_schema_extra == theirs.json_schema_extra, name
+    for config in (corrmatch, derprop):
+        assert config().labeled_weights == (0.5, 0.5)
+        assert config(labeled_weight=0.25).labeled_weights == (0.25, 0.25)
+        assert config(labeled_propagated_weight=0.1).labeled_weights == (0.5, 0.1)
+
+
+@pytest.mark.parametrize("name", ["corrmatch", "derprop"])
+@pytest.mark.parametrize("unlabeled", [1, 3])
+def test_a_second_view_mixes_any_number_of_images(name, unlabeled):
+    """Nothing is taken of a neighbour: an image alone gives what it gives beside others."""
+    method, student, teacher = build(name, TRUSTING[name] | {"cutmix": {"partner": "second_view"}}, frozen=True)
+    batch = batch_for(method, unlabeled=unlabeled)
+    batch = replace(batch, boxes_VU4=torch.tensor([7, 5, 36, 22]).expand_as(batch.boxes_VU4))
+    method.eval()  # the threshold stays
+    each = []
+    for rows in [slice(None), *(slice(u, u + 1) for u in range(unlabeled))]:
+        share = replace(
+            batch,
+            **{name: getattr(batch, name)[rows] for name in vars(batch) if "_U" in name and "_VU" not in name},
+            **{name: getattr(batch, name)[:, rows] for name in vars(batch) if "_VU" in name},
+        )
+        terms = method.objectives(share, step_context(student, teacher, step=50))
+        each.append({title: term.total.item() for title, term in terms.items() if term.side == "unsupervised"})
+    assert each[0]["strong"] > 0
+    for title, total in each[0].items():
+        assert total == pytest.approx(sum(alone[title] for alone in each[1:]), rel=1e-4, abs=1e-5), title
+
+
 # --- learning: a tiny network, blocks of four colours --------------------------------------------------------------
 
 

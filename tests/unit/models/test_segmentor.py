@@ -87,6 +87,18 @@ def test_dpt_networks_have_the_published_parameters_but_for_the_unused_ones(size
     assert sum(p.numel() for p in network.parameters()) == published - mask_token - residual_unit
 
 
+@pytest.mark.parametrize("size", ["small", "base", "large"])
+def test_the_width_of_a_network_is_known_before_it_is_made(size: str) -> None:
+    for config in (
+        ModelConfig(name="dpt", encoder=f"vit_{size}_patch14_dinov2", weights="random"),
+        ModelConfig(encoder="test_efficientnet", weights="random", channels=24),
+    ):
+        with torch.device("meta"):
+            network = build_segmentor(config, 5, None, 0)
+        assert config.penultimate_channels == network.penultimate_channels
+        assert (network.encoder.middle_channels is None) == (config.name == "dpt")
+
+
 def test_images_go_through_dpt_at_the_nearest_multiple_of_a_patch() -> None:
     with torch.device("meta"):
         network = build_segmentor(SMALL_DPT, 5, None, 0)

@@ -54,8 +54,32 @@ def test_values_of_one_bin_are_told_apart_by_their_rank():
     assert 0.6 < (values < limit).float().mean() < 1.0
 
 
-def test_ranks_agree_with_one():
-    values, counted = draw(600).view(3, 10, 20), torch.rand(3, 10, 20) < 0.7
+def sure(count, seed=0):
+    """A trained network's: nine pixels of ten nearly sure, from 1e-7 to 1e-4 nats, the rest anywhere."""
+    generator = torch.Generator().manual_seed(seed)
+    nearly = 1e-7 * 1000.0 ** torch.rand(count, generator=generator)
+    return torch.where(
+        torch.rand(count, generator=generator) < 0.9, nearly, TOP * torch.rand(count, generator=generator)
+    )
+
+
+@pytest.mark.parametrize("count", [3, 700, 30_000])
+def test_sure_pixels_are_told_apart(count):
+    """All of them lie in the first of the even bins; a limit within it must still keep the share asked for."""
+    values = sure(count)
+    assert (values < BIN).float().mean() > 0.6
+    percents = (0.0, 10.0, 20.0, 50.0, 80.0)
+    found = percentiles(values[None, None], torch.ones(1, 1, count, dtype=torch.bool), percents, TOP)
+    expected = np.percentile(values.double().numpy(), percents)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0.023)
+    if count > 10_000:
+        kept = [(values < limit).float().mean().item() for limit in found[1:]]
+        assert kept == pytest.approx([0.1, 0.2, 0.5, 0.8], abs=0.005)
+
+
+@pytest.mark.parametrize("drawn", [draw, sure])
+def test_ranks_agree_with_one(drawn):
+    values, counted = drawn(600).view(3, 10, 20), torch.rand(3, 10, 20) < 0.7
     seen = []
 
     def record(counts):
@@ -65,6 +89,7 @@ def test_ranks_agree_with_one():
     one = percentiles(values, counted, (20.0, 80.0), TOP)
     for rows in (slice(0, 1), slice(1, 3)):
         percentiles(values[rows], counted[rows], (20.0, 80.0), TOP, record)
+    assert max(each.numel() for each in seen) < 3000
     for rows in (slice(0, 1), slice(1, 3)):
         assert torch.equal(percentiles(values[rows], counted[rows], (20.0, 80.0), TOP, lambda _: sum(seen)), one)
 
