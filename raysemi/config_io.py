@@ -73,6 +73,11 @@ def recipes() -> list[str]:
     return sorted(file.stem for file in _RECIPES.glob("*.yaml"))
 
 
+def recipe_file(name: str) -> Path:
+    """The file of a recipe that comes with raysemi."""
+    return _RECIPES / f"{name}.yaml"
+
+
 _ABSENT = object()
 _RECIPES = Path(__file__).parent / "recipes"
 
@@ -133,7 +138,7 @@ def _recipe_text(recipe: str) -> str:
             raise ConfigError(f"recipe must be a readable YAML file; got {recipe}: {error}. Check the file.") from error
     names = recipes()
     if recipe in names:
-        return (_RECIPES / f"{recipe}.yaml").read_text(encoding="utf-8")
+        return recipe_file(recipe).read_text(encoding="utf-8")
     raise ConfigError(
         f"recipe must be a YAML file or one of {', '.join(names)}; got {recipe}. "
         f"{did_you_mean(recipe, names) or 'Check the path.'}"
