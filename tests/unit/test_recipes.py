@@ -165,7 +165,9 @@ def pools(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 coarse = rng.integers(0, classes, (6, 5)).astype(np.uint8)
                 label = Image.fromarray(coarse).resize((70, 84), Image.Resampling.NEAREST)
                 label.save(root / f"labels/{part}/{number}.png")
-                colours = np.stack([np.asarray(label) * factor % 256 for factor in (3, 5, 7)], axis=2).astype(np.uint8)
+                colours = np.stack([np.asarray(label, np.int64) * factor % 256 for factor in (3, 5, 7)], axis=2).astype(
+                    np.uint8
+                )
                 Image.fromarray(colours).save(root / f"images/{part}/{number}.png")
         (root / "classes.txt").write_text("\n".join(f"class {number}" for number in range(classes)), encoding="utf-8")
         pack(open_source("folder", root), out / data, split=5, processes=1)
@@ -183,13 +185,13 @@ def test_two_steps(recipe: str, pools: Path, tmp_path: Path) -> None:
         changes = ["model.weights=random", "data.crop=56", "model.encoder=vit_small_patch14_dinov2"]
     if small.eval.mode == "sliding_window":
         changes += ["eval.window=56", "eval.stride=null"]
+    changes += ["train.batch.labeled=4", "train.batch.unlabeled=4", "train.steps=2", "train.log_every=1"]
+    changes += ["eval.pictures=0", "data.loader_processes=0", "ray=none"]
     if small.method.name == "u2pl":
         changes += ["method.queue.size=100", "method.queue.first_size=100"]
     config = config_io.load(
         recipe,
-        [f"run={tmp_path / 'run'}", f"data.pools={pools / parts(recipe)[0]}", *changes]
-        + ["train.batch.labeled=4", "train.batch.unlabeled=4", "train.steps=2", "train.log_every=1"]
-        + ["eval.pictures=0", "data.loader_processes=0", "ray=none"],
+        [f"run={tmp_path / 'run'}", f"data.pools={pools / parts(recipe)[0]}", *changes],
     )
     logged: list[dict[str, float]] = []
     result = worker.run(config, on_log=lambda step, metrics: logged.append(metrics))
