@@ -204,9 +204,22 @@ def plan(
         typer.echo("\t".join(opened.key(int(row)) for row in rows))
 
 
+def _list_recipes(wanted: bool) -> None:
+    if wanted:
+        from raysemi import catalogue
+
+        print_table(*catalogue.recipes_table())
+        raise typer.Exit
+
+
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="YAML file, or a recipe's name.")], overrides: Overrides = None
+    recipe: Annotated[str, typer.Argument(help="YAML file, or a recipe's name.")],
+    overrides: Overrides = None,
+    *,
+    names: Annotated[
+        bool, typer.Option("--list", help="Name the recipes that come along.", callback=_list_recipes, is_eager=True)
+    ] = False,
 ) -> None:
     """Train a recipe; the same command again continues the run.
 

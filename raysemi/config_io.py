@@ -173,8 +173,8 @@ def _recipe_path(recipe: str) -> Path:
     if recipe in names:
         return recipe_file(recipe)
     raise ConfigError(
-        f"recipe must be a YAML file or one of {', '.join(names)}; got {recipe}. "
-        f"{did_you_mean(recipe, names) or 'Check the path.'}"
+        f"recipe must be a YAML file or the name of one that comes along; got {recipe}. "
+        f"{did_you_mean(recipe, names) or 'Check the path.'} `raysemi train --list` names them all."
     )
 
 
