@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from raysemi.base import Config
 from raysemi.config import RunConfig
 from raysemi.config_faults import did_you_mean, settings
-from raysemi.config_io import load
+from raysemi.config_io import load, recipe_file, recipes
 from raysemi.errors import ConfigError
 from raysemi.methods import METHODS
 from raysemi.methods.base import Method
@@ -87,6 +87,16 @@ def table() -> tuple[list[str], list[list[str]]]:
         heads = ", ".join(about["heads"])
         rows.append([name, about["idea"], about["unlabeled"], views, heads, about["average"], *lists, about["source"]])
     return columns, rows
+
+
+def recipes_table() -> tuple[list[str], list[list[str]]]:
+    """Columns and rows: a line a recipe that comes with raysemi, with the first sentence of its header."""
+    rows = []
+    for name in recipes():
+        header = recipe_file(name).read_text(encoding="utf-8").partition("\n#   ")[0]
+        words = " ".join(header.replace("\n#", " ").removeprefix("#").split())
+        rows.append([name, re.split(r"(?<=[.])\s|:\s", words)[0].rstrip(".")])
+    return ["recipe", "what it is"], rows
 
 
 def summary(name: str) -> list[str]:

@@ -124,6 +124,8 @@ def pack(
 
     folder: ROOT/images/{train,val}, ROOT/labels/{train,val}, ROOT/classes.txt (or the option classes=FILE).
     voc: option sbd=DIR. coco, voc: check=false. scenes, drawn: train=800 val=100 size=128 seed=0, no --root.
+    The papers' lists come along: voc --split 92, cityscapes --split 1_16, coco --split 1_512 (another name lists all).
+    coco --pools unlabeled images=unlabeled2017: a pool of the images that COCO leaves unlabeled.
     """
     from raysemi.data import pack as packing
     from raysemi.data.sources import open_source, read_options
@@ -202,9 +204,22 @@ def plan(
         typer.echo("\t".join(opened.key(int(row)) for row in rows))
 
 
+def _list_recipes(wanted: bool) -> None:
+    if wanted:
+        from raysemi import catalogue
+
+        print_table(*catalogue.recipes_table())
+        raise typer.Exit
+
+
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="YAML file, or a recipe's name.")], overrides: Overrides = None
+    recipe: Annotated[str, typer.Argument(help="YAML file, or a recipe's name.")],
+    overrides: Overrides = None,
+    *,
+    names: Annotated[
+        bool, typer.Option("--list", help="Name the recipes that come along.", callback=_list_recipes, is_eager=True)
+    ] = False,
 ) -> None:
     """Train a recipe; the same command again continues the run.
 

@@ -316,6 +316,9 @@ def _secrets(path: str, value: Any) -> Iterator[str]:
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _secrets(f"{path}.{key}", inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _secrets(path, inner)
     elif isinstance(value, str) and _SECRET.search(value):
         yield (
             f"{path} must not hold a password or key, because config.yaml is written out; got a URL with one. "

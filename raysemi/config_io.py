@@ -25,13 +25,14 @@ def load(recipe: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a recipe and applies overrides.
 
     Args:
-        recipe: path of a YAML file, or the name of a recipe that comes with raysemi; None: the overrides are all.
+        recipe: path of a YAML file, or the name of a recipe that comes with raysemi; None: the overrides are all. With
+            `base: NAME` it changes another one, which has no base of its own.
         overrides: `a.b=value` each, the value as YAML; a later one wins.
 
     Raises:
         ConfigError: with every fault that was found.
     """
-    tree = {} if recipe is None else _mapping(_recipe_text(str(recipe)), str(recipe))
+    tree = {} if recipe is None else _recipe(str(recipe))
     return _validate(tree, _override(tree, overrides))
 
 
@@ -71,6 +72,11 @@ def difference(a: RunConfig, b: RunConfig) -> list[str]:
 def recipes() -> list[str]:
     """Names of the recipes that come with raysemi, sorted."""
     return sorted(file.stem for file in _RECIPES.glob("*.yaml"))
+
+
+def recipe_file(name: str) -> Path:
+    """The file of a recipe that comes with raysemi."""
+    return _RECIPES / f"{name}.yaml"
 
 
 _ABSENT = object()
@@ -124,20 +130,59 @@ def _yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
 
 
-def _recipe_text(recipe: str) -> str:
+def _recipe(recipe: str) -> dict[str, Any]:
+    """A recipe's tree, with its base below it."""
+    path = _recipe_path(recipe)
+    tree = _mapping(_text(path), recipe)
+    if "base" not in tree:
+        return tree
+    base = tree.pop("base")
+    if not isinstance(base, str) or not base:
+        raise ConfigError(f"base of {recipe} must name a recipe; got {base!r}. Correct or remove it.")
+    below = path.parent / base  # a file beside this one; an absolute path stays what it is
+    tree_below = _mapping(_text(_recipe_path(str(below) if below.is_file() else base)), base)
+    if "base" in tree_below:
+        raise ConfigError(f"base of {recipe} must have no base itself; got {base}, which has one. Name that one.")
+    # as with overrides: another method starts from its defaults, and pools replace pools
+    for name in _NAMED:
+        own, other = (_section(of, name).get("name") for of in (tree, tree_below))
+        if own is not None and other is not None and own != other:
+            del tree_below[name]
+    if "pools" in _section(tree, "data"):
+        tree_below["data"] = {key: value for key, value in _section(tree_below, "data").items() if key not in _POOLS}
+    return _over(tree_below, tree)
+
+
+def _over(below: Mapping[str, Any], tree: Mapping[str, Any]) -> dict[str, Any]:
+    """One tree over another, section by section."""
+    both = {key for key in tree if isinstance(tree[key], dict) and isinstance(below.get(key), dict)}
+    return {**below, **tree, **{key: _over(below[key], tree[key]) for key in both}}
+
+
+def _section(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A section of a tree; empty where there is none, or something else in its place."""
+    section = tree.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _recipe_path(recipe: str) -> Path:
     path = Path(recipe).expanduser()
     if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"recipe must be a readable YAML file; got {recipe}: {error}. Check the file.") from error
+        return path
     names = recipes()
     if recipe in names:
-        return (_RECIPES / f"{recipe}.yaml").read_text(encoding="utf-8")
+        return recipe_file(recipe)
     raise ConfigError(
-        f"recipe must be a YAML file or one of {', '.join(names)}; got {recipe}. "
-        f"{did_you_mean(recipe, names) or 'Check the path.'}"
+        f"recipe must be a YAML file or the name of one that comes along; got {recipe}. "
+        f"{did_you_mean(recipe, names) or 'Check the path.'} `raysemi train --list` names them all."
     )
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe must be a readable YAML file; got {path}: {error}. Check the file.") from error
 
 
 def _mapping(text: str, source: str) -> dict[str, Any]:

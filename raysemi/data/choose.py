@@ -32,7 +32,9 @@ def choose_entries(
     """
     train = _items(source, "train", needed=bool({"labeled", "unlabeled"}.intersection(pools)))
     val = _items(source, "val", needed="val" in pools)
-    labeled = labeled_keys(split, train, root=source.root, seed=seed, val=val) if train else set()
+    labeled: set[str] = set()
+    if train:
+        labeled = labeled_keys(split, train, root=source.root, standard=source.standard, seed=seed, val=val)
     chosen = {
         "labeled": [Entry(item.key, item, True) for item in train if item.key in labeled],
         "unlabeled": [

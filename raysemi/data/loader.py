@@ -10,18 +10,17 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pyarrow import fs
 from pydantic import Field
 from torch.utils.data import DataLoader, Dataset
 
 from raysemi.base import Config, choices
+from raysemi.data.joined import AnyPool
 from raysemi.data.order import Order
-from raysemi.data.pool import Pool
 from raysemi.data.reader import Reader, Sample, Skipped
 from raysemi.data.types import HostBatch, StrongViews
 from raysemi.data.views import (
@@ -45,8 +44,9 @@ class DataConfig(Config):
 
     labeled: str | None = None
     """Pool in which every sample has a mask: a folder or a URL."""
-    unlabeled: str | None = None
-    """Pool of images without masks; masks that it may carry are never used to train."""
+    unlabeled: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Pool of images without masks, or a list of pools that are read as one, each image of all of them once a pass;
+    masks that they may carry are never used to train."""
     val: str | None = None
     """Pool that is evaluated on."""
     crop: int = Field(321, ge=1, json_schema_extra=choices([321, 513], unit="pixels"))
@@ -61,6 +61,13 @@ class DataConfig(Config):
     """A corrupt sample stops the run with an error that names it, or is counted, logged and replaced by another."""
     corrupt_limit: int = Field(100, ge=0)
     """Different corrupt samples that one rank may skip before the run stops."""
+
+    @property
+    def unlabeled_pools(self) -> tuple[str, ...]:
+        """The unlabeled pools, none or one or several."""
+        if self.unlabeled is None:
+            return ()
+        return (self.unlabeled,) if isinstance(self.unlabeled, str) else self.unlabeled
 
 
 def loader_processes(setting: int | None, cores: int) -> int:
@@ -95,7 +102,7 @@ class Stream:
     def __init__(
         self,
         config: DataConfig,
-        pools: Mapping[str, Pool],
+        pools: Mapping[str, AnyPool],
         seed: int,
         batch_labeled: int,
         batch_unlabeled: int,
@@ -210,7 +217,7 @@ class _Steps(Dataset[Any]):
     def __init__(
         self,
         config: DataConfig,
-        pools: Mapping[str, Pool],
+        pools: Mapping[str, AnyPool],
         seed: int,
         batches: Mapping[str, int],
         rank: int,
@@ -319,7 +326,7 @@ def _one_thread(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def _start_method(pools: list[Pool]) -> str:
+def _start_method(pools: list[AnyPool]) -> str:
     # a forked client of an object store has lost its threads; fork is unsafe on macOS
-    local = all(isinstance(pool.filesystem, fs.LocalFileSystem) for pool in pools)
+    local = all(pool.local for pool in pools)
     return "fork" if local and sys.platform == "linux" else "forkserver"

@@ -127,7 +127,7 @@ def pack(
     raise_faults([text for _, texts in sorted(faults) for text in texts], more)
 
     made: dict[str, Any] = {"source": type(source).__name__.lower()}
-    made |= split_origin(split, root=source.root, seed=seed)
+    made |= split_origin(split, root=source.root, standard=source.standard, seed=seed)
     if recipe := getattr(source, "recipe", None):
         made["recipe"] = recipe
     for plan in open_plans:

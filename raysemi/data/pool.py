@@ -148,6 +148,11 @@ class Pool:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @property
+    def local(self) -> bool:
+        """Whether it lies on this machine's disks."""
+        return isinstance(self.filesystem, fs.LocalFileSystem)
+
+    @property
     def has_masks(self) -> bool:
         """Whether any sample has a mask."""
         return self.num_masks > 0

@@ -14,7 +14,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from raysemi.data.pool import NOT_ANNOTATED, Pool, Row
+from raysemi.data.joined import AnyPool
+from raysemi.data.pool import NOT_ANNOTATED, Row
 from raysemi.errors import DataError, DataFailure
 
 LARGEST_PIXELS = 89_478_485
@@ -54,7 +55,7 @@ class Sample(NamedTuple):
 
 
 class Reader:
-    """Reads samples of one pool; may be pickled and used after a fork: each process opens its own shards.
+    """Reads samples of a pool or of joined ones; may be pickled and used after a fork: each process opens its shards.
 
     Args:
         pool: the pool, local or remote.
@@ -62,7 +63,7 @@ class Reader:
             the row, the same on every rank.
     """
 
-    def __init__(self, pool: Pool, on_corrupt: Literal["raise", "skip"] = "raise") -> None:
+    def __init__(self, pool: AnyPool, on_corrupt: Literal["raise", "skip"] = "raise") -> None:
         self.pool = pool
         self.on_corrupt = on_corrupt
         self._open: OrderedDict[str, pa.NativeFile] = OrderedDict()

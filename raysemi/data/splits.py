@@ -7,19 +7,28 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from raysemi.data.sources import Item, listed, read_list
+from raysemi.data.standard import standard_list, standard_names
 from raysemi.errors import DataError
 
 
 def labeled_keys(
-    split: str | int | None, train: Sequence[Item], *, root: Path | None, seed: int = 0, val: Sequence[Item] = ()
+    split: str | int | None,
+    train: Sequence[Item],
+    *,
+    root: Path | None,
+    standard: str | None = None,
+    seed: int = 0,
+    val: Sequence[Item] = (),
 ) -> set[str]:
     """Keys of the labeled train images.
 
     Args:
         split: looked up in this order: `NAME` of `ROOT/splits/NAME.txt` or `ROOT/splits/NAME/labeled.txt`; a file with
-            an id a line; a number N of images, drawn from those with a mask; None: all with a mask.
+            an id a line; a list of the papers, which comes with raysemi; a number N of images, drawn from those with a
+            mask; None: all with a mask.
         train: every train image of the source.
         root: folder of the data set; None when the source has none.
+        standard: data set whose lists come with raysemi (`standard.py`); None when there are none.
         seed: of the draw for a number. A larger N with the same seed holds the smaller draw.
         val: validation images, so that a list which names one can be told so.
 
@@ -34,19 +43,25 @@ def labeled_keys(
         return {item.key for item in train if item.has_mask}
     listing = _list_file(str(split), root)
     if listing is not None:
-        return _from_list(listing, train, root, val)
+        return _from_list(str(listing), read_list(listing), train, root, val)
+    published = standard_names(standard)
+    if standard is not None and str(split) in published:
+        return _from_list(_standard(standard, split), standard_list(standard, str(split)), train, root, val)
     if str(split).isdecimal():
         return _draw(int(split), train, seed)
     names = sorted(path.stem for path in (root / "splits").iterdir()) if root and (root / "splits").is_dir() else []
     known = f"splits/ holds {listed(names, 20)}" if names else "there is no list in splits/"
+    known += f", the papers' lists are {', '.join(published)}" if published else ""
     raise DataError(f"--split must be a name, a file or a number; got {split!r}, and {known}. Choose one of these.")
 
 
-def split_origin(split: str | int | None, *, root: Path | None, seed: int = 0) -> dict[str, str | int]:
+def split_origin(
+    split: str | int | None, *, root: Path | None, standard: str | None = None, seed: int = 0
+) -> dict[str, str | int]:
     """Where `labeled_keys` takes the labeled images from, for `pool.json`: a number may also be the name of a list.
 
     Args:
-        split, root, seed: as for `labeled_keys`.
+        split, root, standard, seed: as for `labeled_keys`.
 
     Returns:
         split, and list (its file, below the root where it lies there) or drawn (how many images) with seed; nothing
@@ -55,10 +70,16 @@ def split_origin(split: str | int | None, *, root: Path | None, seed: int = 0) -
     if split is None:
         return {}
     listing = _list_file(str(split), root)
+    if listing is None and standard is not None and str(split) in standard_names(standard):
+        return {"split": str(split), "list": _standard(standard, split)}
     if listing is None:
         return {"split": str(split), "drawn": int(split), "seed": seed}
     below = root is not None and listing.is_relative_to(root)
     return {"split": Path(str(split)).stem, "list": listing.relative_to(root).as_posix() if below else listing.name}  # type: ignore[arg-type]
+
+
+def _standard(standard: str, split: str | int) -> str:
+    return f"{standard}/{split} of the papers"
 
 
 def _list_file(split: str, root: Path | None) -> Path | None:
@@ -70,8 +91,9 @@ def _list_file(split: str, root: Path | None) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def _from_list(listing: Path, train: Sequence[Item], root: Path | None, val: Sequence[Item]) -> set[str]:
-    lines = read_list(listing)
+def _from_list(
+    listing: str, lines: Sequence[str], train: Sequence[Item], root: Path | None, val: Sequence[Item]
+) -> set[str]:
     keys = {item.key for item in train}
     by_path: dict[str, str] = {}
     if root is not None and not keys.issuperset(lines):

@@ -8,6 +8,7 @@ from typing import Literal
 
 from raysemi import config_io
 from raysemi.config import RunConfig, uses_unlabeled
+from raysemi.data.joined import AnyPool, as_one
 from raysemi.data.pool import Pool
 from raysemi.engine import checkpoint
 from raysemi.engine.folder import RunFolder
@@ -42,8 +43,8 @@ class Pools:
 
     labeled: Pool
     val: Pool
-    unlabeled: Pool | None
-    """None when the method uses no unlabeled images."""
+    unlabeled: AnyPool | None
+    """One pool, or several read as one; None when the method uses no unlabeled images."""
 
 
 def open_pools(config: RunConfig) -> Pools:
@@ -53,25 +54,27 @@ def open_pools(config: RunConfig) -> Pools:
         DataError: with what is wrong with each pool.
         ConfigError: pools that do not fit each other or the settings.
     """
-    wanted = {"labeled": config.data.labeled, "val": config.data.val}
+    wanted = [("labeled", config.data.labeled), ("val", config.data.val)]
     if uses_unlabeled(config.method, config.data):
-        wanted["unlabeled"] = config.data.unlabeled
-    pools: dict[str, Pool] = {}
+        wanted += [("unlabeled", path) for path in config.data.unlabeled_pools]
+    opened: list[tuple[str, Pool]] = []
     broken: list[str] = []
-    for name, path in wanted.items():
+    for name, path in wanted:
         try:
-            pools[name] = open_pool(path, f"data.{name}", masks=name != "unlabeled")
+            opened.append((name, open_pool(path, f"data.{name}", masks=name != "unlabeled")))
         except DataError as error:
             broken.append(str(error))
     if broken:
         raise DataError("\n".join(broken))
-    classes, unlabeled = pools["labeled"].classes, pools.get("unlabeled")
+    labeled, val, *others = (pool for _, pool in opened)
+    classes = labeled.classes
     faults = [
         f"data.{name} must have the classes of data.labeled ({', '.join(classes)}); got {', '.join(pool.classes)}. "
         "Pack the pools from one source."
-        for name, pool in pools.items()
+        for name, pool in opened
         if pool.classes != classes
     ]
+    unlabeled = as_one(others) if others and not faults else None
     if config.eval.pseudo_images and unlabeled is not None and not unlabeled.labeled:
         faults.append(
             f"eval.pseudo_images must be 0 unless every unlabeled image has a mask; got {config.eval.pseudo_images} "
@@ -87,7 +90,7 @@ def open_pools(config: RunConfig) -> Pools:
         faults += _refused_by_method(config, len(classes))
     if faults:
         raise ConfigError(faults)
-    return Pools(pools["labeled"], pools["val"], unlabeled)
+    return Pools(labeled, val, unlabeled)
 
 
 def _refused_by_method(config: RunConfig, num_classes: int) -> tuple[str, ...]:

@@ -202,14 +202,12 @@ def _one_line(error: Exception) -> RaysemiError:
 
 
 def _refuse_relative_paths(config: RunConfig) -> None:
-    paths = {
-        "run": config.run,
-        **{f"data.{name}": getattr(config.data, name) for name in ("labeled", "unlabeled", "val")},
-    }
+    paths = [("run", config.run), ("data.labeled", config.data.labeled), ("data.val", config.data.val)]
+    paths += [("data.unlabeled", path) for path in config.data.unlabeled_pools]
     faults = [
         f"{name} must be an absolute path or a URL that every node reaches; got {path}. Change it, or start a cluster "
         "on this machine with ray.address=local."
-        for name, path in paths.items()
+        for name, path in paths
         if path and "://" not in path and not Path(path).expanduser().is_absolute()
     ]
     if faults:

@@ -16,8 +16,8 @@ import torch
 
 from raysemi import config_io
 from raysemi.config import RunConfig, check_world
+from raysemi.data.joined import AnyPool
 from raysemi.data.loader import Stream
-from raysemi.data.pool import Pool
 from raysemi.engine import checkpoint, distributed
 from raysemi.engine.evaluate import evaluate
 from raysemi.engine.folder import RunFolder
@@ -160,7 +160,7 @@ class _Run:
             )
 
     @property
-    def pools(self) -> dict[str, Pool]:
+    def pools(self) -> dict[str, AnyPool]:
         """The pools that train, by name."""
         pools = {"labeled": self.labeled, "unlabeled": self.unlabeled}
         return {name: pool for name, pool in pools.items() if pool is not None}

@@ -162,6 +162,8 @@ def test_relative_paths_are_refused_where_nodes_do_not_share_a_folder(scenes: Pa
     with pytest.raises(ConfigError) as caught:
         _refuse_relative_paths(config_io.change(good, ["run=runs/a", "data.val=pools/val"]))
     assert [fault.split(" must ")[0] for fault in caught.value.faults] == ["run", "data.val"]
+    with pytest.raises(ConfigError, match=r"data\.unlabeled must be an absolute path .*got pools/more"):
+        _refuse_relative_paths(config_io.change(good, ["data.unlabeled=[s3://bucket/u, pools/more]"]))
 
 
 def test_doctor_says_that_ray_starts() -> None:

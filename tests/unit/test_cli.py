@@ -90,6 +90,14 @@ def test_unknown_commands_and_options_are_mistakes() -> None:
     assert call("plan", "somewhere", "--bach", 3).exit_code == MISTAKE
 
 
+def test_train_lists_the_recipes_that_come_along() -> None:
+    result = call("train", "--list")
+    assert result.exit_code == 0
+    for name in config_io.recipes():
+        assert f" {name} " in result.output
+    assert "DerProp on Cityscapes, 19 classes, as published" in result.output
+
+
 def test_train_shows_the_result_and_the_same_command_continues(trained: Path, recipe: Path) -> None:
     result = json.loads((trained / "result.json").read_text())
     assert result["steps"] == 2

@@ -162,6 +162,7 @@ def test_a_secret_in_a_url_is_refused_and_not_repeated(url: str) -> None:
     assert text[0].startswith("run must not hold a password")
     assert url not in text[0]
     assert broken_rules({"run": "s3://bucket/runs?region=eu-west-1"}) == []
+    assert broken_rules({"data": {"unlabeled": ("pools/a", url)}})[0].startswith("data.unlabeled must not hold")
 
 
 def test_all_broken_rules_come_at_once() -> None:

@@ -62,6 +62,8 @@ class Source(Protocol):
     """Class names; a mask holds positions in this tuple."""
     palette: Palette
     """RGB 0..255 of each class."""
+    standard: str | None
+    """Data set whose lists of labeled images come with raysemi (`data/standard.py`); None: there are none."""
 
     def items(self, part: Part) -> list[Item]:
         """All images of the train or the val part, in any order; raises DataError when the part is not there."""
@@ -81,6 +83,7 @@ class FileSource:
     """Base of sources whose images lie in files."""
 
     root: Path
+    standard: str | None = None
 
     def image_bytes(self, item: Item) -> tuple[str, bytes]:
         """Suffix and bytes of the item's image file."""

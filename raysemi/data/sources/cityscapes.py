@@ -60,6 +60,7 @@ class Cityscapes(FileSource):
 
     classes = tuple(name for _, name, _ in _TABLE)
     palette: Palette = tuple(colour for _, _, colour in _TABLE)
+    standard = "cityscapes"
 
     def __init__(self, root: str | Path | None) -> None:
         self.root = source_root(root, "cityscapes")

@@ -3,6 +3,7 @@
     ROOT/{train2017,val2017}/ID.jpg          or images/..., or train/ and val/
     ROOT/masks/ID.png                        ready index masks, taken unchanged; or masks/{train2017,val2017}/ID.png
     ROOT/annotations/instances_{train2017,val2017}.json    otherwise: drawn from the instances
+    ROOT/unlabeled2017/ID.jpg                more images: `images=unlabeled2017` makes a pool of these alone
 
 Class 0 is background, class 1 the category with the smallest id, and so on: the 81 classes of the papers for COCO 2017.
 How instances become a mask changes the IoU of class 0 and so the mean: start from 0, paint crowd regions 255, then the
@@ -28,6 +29,7 @@ from raysemi.errors import DataError
 
 CLASSES_2017 = Path(__file__).with_name("coco_classes.txt").read_text(encoding="utf-8").splitlines()
 _TRAIN_2017 = 118_287
+_PARTS: tuple[Part, ...] = ("train", "val")
 RECIPE = "background 0, crowd 255, then instances from the largest area to the smallest"
 
 
@@ -37,21 +39,27 @@ class Coco(FileSource):
     Args:
         root: the data set's folder.
         check: refuse a train2017 folder without its 118,287 images; False for a part of the data set.
+        images: folder below the root, or below its `images`, whose images are the train part in place of train2017's,
+            all of them without a mask: `unlabeled2017`, for a second unlabeled pool.
 
     Raises:
         DataError: no images, or neither masks nor annotations.
     """
 
-    def __init__(self, root: str | Path | None, check: bool = True) -> None:
+    standard = "coco"
+
+    def __init__(self, root: str | Path | None, check: bool = True, images: str | None = None) -> None:
         self.root = source_root(root, "coco")
         self._check = check
+        self._bare = images
         self._ready = (self.root / "masks").is_dir()
         self.recipe = "ready masks" if self._ready else RECIPE
         self._read: dict[Part, dict[str, Any]] = {}
         self.classes = tuple(CLASSES_2017)
         self._index_of: dict[int, int] = {}
-        if not self._ready:
-            part: Part = "train" if self._annotations("train").is_file() else "val"
+        annotated = [part for part in _PARTS if self._annotations(part).is_file()]
+        if not self._ready and (annotated or images is None):
+            part = annotated[0] if annotated else "val"
             self.classes, self._index_of = _categories(self._instances(part), self._annotations(part))
         self.palette = default_palette(self.classes)
 
@@ -61,6 +69,8 @@ class Coco(FileSource):
     def items(self, part: Part) -> list[Item]:
         """Images of the part; with annotations every image that they name has a mask, if only of background."""
         images = self._images(part)
+        if part == "train" and self._bare is not None:
+            return folder_items(images, None)
         if self._ready:
             inside = self.root / "masks" / images.name
             flat = not inside.is_dir()
@@ -87,6 +97,8 @@ class Coco(FileSource):
 
     def _images(self, part: Part) -> Path:
         names = [f"{part}2017", f"images/{part}2017", part, f"images/{part}"]
+        if part == "train" and self._bare is not None:
+            names = [self._bare, f"images/{self._bare}"]
         found = next((self.root / name for name in names if (self.root / name).is_dir()), None)
         if found is None:
             raise DataError(f"{self.root} must hold the {part} images in {listed(names)}; got none. Put them there.")

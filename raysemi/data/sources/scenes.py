@@ -275,6 +275,7 @@ class Scenes:
     root: Path | None = None
     classes = CLASSES
     palette = PALETTE
+    standard: str | None = None
 
     def __init__(
         self, root: str | Path | None = None, *, train: int = 800, val: int = 100, seed: int = 0, size: int = 128

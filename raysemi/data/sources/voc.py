@@ -6,7 +6,9 @@
     SBD: cls/ID.mat (`GTcls.Segmentation`), in ROOT/SBD, ROOT/benchmark_RELEASE or where `sbd` says
 
 The train part is, in this order: `ROOT/splits/train.txt`; with augmented masks, every image that has one and is not in
-val; `ImageSets/Segmentation/train.txt`. With augmented masks it must be the 10,582 of the papers, listed or not.
+val; the papers' 10,582 images, where JPEGImages holds them all (without SBD's masks those that VOC itself does not
+annotate are unlabeled: enough for the splits 92 to 1464); `ImageSets/Segmentation/train.txt`. With augmented masks it
+must be the papers' 10,582, listed or not. Without a list of its own, the val part is the papers', which is VOC's.
 
 Source: Everingham et al. 2010, "The Pascal Visual Object Classes Challenge"; Hariharan et al. 2011, "Semantic contours
 from inverse detectors" (SBD). Where both give a mask, VOC's own is taken: its object borders are 255.
@@ -14,7 +16,6 @@ from inverse detectors" (SBD). Where both give a mask, VOC's own is taken: its o
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,12 +24,11 @@ from numpy.typing import NDArray
 
 from raysemi.data.sources import FileSource, Item, Part, default_palette, listed, read_list, source_root
 from raysemi.data.sources.folder import read_raw_mask
+from raysemi.data.standard import standard_list
 from raysemi.errors import DataError
 
 CLASSES = Path(__file__).with_name("voc_classes.txt").read_text(encoding="utf-8").splitlines()
 _PLAIN_MASKS = 2913  # train and val of VOC itself; a mask folder with more holds the augmented ones
-_AUGMENTED = 10_582
-_AUGMENTED_SHA256 = "d1326bd532648d73bc4b1bd275434eba81930982dc7401a65a8cecb26c028e24"  # sorted ids, one a line
 
 
 class Voc(FileSource):
@@ -37,7 +37,8 @@ class Voc(FileSource):
     Args:
         root: VOC2012 folder, or the VOCdevkit that holds it.
         sbd: folder of SBD, or of its `cls`, when it lies elsewhere.
-        check: compare an augmented train list with the papers' 10,582 ids; False for a part of the data set.
+        check: compare an augmented train list with the papers' 10,582 ids; False for a part of the data set, or for
+            VOC's own train list where its JPEGImages hold more.
 
     Raises:
         DataError: folders or lists are missing, or the augmented list is another one.
@@ -45,6 +46,7 @@ class Voc(FileSource):
 
     classes = tuple(CLASSES)
     palette = default_palette(CLASSES)
+    standard = "voc"
 
     def __init__(self, root: str | Path | None, sbd: str | Path | None = None, check: bool = True) -> None:
         given = source_root(root, "voc")
@@ -87,12 +89,16 @@ class Voc(FileSource):
         for path in files:
             if path.is_file():
                 return read_list(path)
-        raise DataError(f"{part} images must be listed in {files[0]} or {files[1]}; got neither. Add the list.")
+        return standard_list("voc", part)
 
     def _train(self, masks: dict[str, Path]) -> list[str]:
         augmented = self._cls is not None or (self.root / "SegmentationClassAug").is_dir() or len(masks) > _PLAIN_MASKS
-        given = (self.root / "splits" / "train.txt").is_file() or not augmented
-        ids = self._list("train") if given else sorted(masks.keys() - set(self._list("val")))
+        given = (self.root / "splits" / "train.txt").is_file()
+        if not (augmented or given) and self._check:
+            papers = standard_list("voc", "train")
+            if {path.stem for path in (self.root / "JPEGImages").glob("*.jpg")}.issuperset(papers):
+                return papers
+        ids = self._list("train") if given or not augmented else sorted(masks.keys() - set(self._list("val")))
         if augmented and self._check:
             check_augmented(ids, self.root)
         return ids
@@ -104,15 +110,15 @@ def check_augmented(ids: Iterable[str], root: Path) -> None:
     Raises:
         DataError: it is another list.
     """
-    ordered = sorted(ids)
-    if len(ordered) != _AUGMENTED:
+    ordered, papers = sorted(ids), sorted(standard_list("voc", "train"))
+    if len(ordered) != len(papers):
         raise DataError(
-            f"augmented train list of {root} must have {_AUGMENTED} images (masks of VOC and SBD without VOC's val); "
+            f"augmented train list of {root} must have {len(papers)} images (masks of VOC and SBD without VOC's val); "
             f"got {len(ordered)}. Complete SegmentationClassAug or SBD's cls folder, or add `check=false`."
         )
-    if hashlib.sha256("".join(f"{id_}\n" for id_ in ordered).encode()).hexdigest() != _AUGMENTED_SHA256:
+    if ordered != papers:
         raise DataError(
-            f"augmented train list of {root} must be the papers' {_AUGMENTED} images; got as many others. Check that "
+            f"augmented train list of {root} must be the papers' {len(papers)} images; got as many others. Check that "
             f"val.txt is VOC 2012's segmentation val list, or add `check=false`."
         )
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 from makers import tiny_run
 
-from raysemi import api
+from raysemi import api, config_io
+from raysemi.data.pack import pack
+from raysemi.data.sources.scenes import Scenes
 from raysemi.engine import checkpoint
 from raysemi.engine.folder import RunFolder
 from raysemi.errors import CheckpointError, ConfigError, DataError
@@ -183,6 +185,21 @@ def test_other_pools_are_refused(scenes, tmp_path):
     shutil.copytree(scenes / "val", pools / "labeled")
     with pytest.raises(CheckpointError, match="pools that it began with"):
         run(tiny_run(pools, tmp_path / "run", "supervised", "train.steps=2"))
+
+
+def test_two_unlabeled_pools_are_one(scenes, tmp_path):
+    more = tmp_path / "more"
+    pack(Scenes(train=5, val=1, size=64, seed=4), more, split=1, pools=["unlabeled"], processes=1)
+    both = f"data.unlabeled=[{scenes / 'unlabeled'}, {more / 'unlabeled'}]"
+    config = tiny_run(scenes, tmp_path / "run", "fixmatch", "train.steps=2", both)
+    assert config_io.parse(config_io.dump(config)) == config
+    assert run(config)["unlabeled"] == 16 + 4
+    digests = newest(tmp_path / "run").state["digests"]
+    assert digests["unlabeled"] == open_pools(config).unlabeled.digest
+    with pytest.raises(ConfigError, match=r"differs in data\.unlabeled"):
+        run(tiny_run(scenes, tmp_path / "run", "fixmatch", "train.steps=2"))
+    with pytest.raises(DataError, match=r"data\.unlabeled: pool must be a folder"):
+        run(tiny_run(scenes, tmp_path / "other", "fixmatch", f"data.unlabeled=[{scenes / 'unlabeled'}, nowhere]"))
 
 
 def test_a_checkpoint_of_another_class_count_is_refused(scenes, tmp_path):
