@@ -15,7 +15,7 @@ from raysemi.errors import CheckpointError, ConfigError, DataError
 from raysemi.methods import METHODS
 from raysemi.methods.base import Method
 from raysemi.methods.weighting import build_weighting
-from raysemi.models.segmentor import ModelConfig, Segmentor, build_segmentor
+from raysemi.models.segmentor import Segmentor, build_segmentor
 
 
 def open_pool(path: str | None, setting: str, *, masks: bool = False) -> Pool:
@@ -123,17 +123,17 @@ def refuse_another_run(config: RunConfig) -> None:
         )
 
 
-def build(config: RunConfig, num_classes: int, model: ModelConfig | None = None) -> tuple[Segmentor, Method]:
-    """The student with the heads that its method asks for, and the method with its weighting, on the CPU.
+def build(config: RunConfig, num_classes: int) -> tuple[Segmentor, Method]:
+    """The student with the heads that its method asks for, and the method with its weighting and memories, on the CPU.
 
     Args:
         config: the run.
         num_classes: classes of its pools.
-        model: in place of `config.model` (other weights to begin with).
     """
     method = METHODS[config.method.name][1](config.method, num_classes)
-    student = build_segmentor(model or config.model, num_classes, method.heads, config.seed)
+    student = build_segmentor(config.model, num_classes, method.heads, config.seed)
     method.weighting = build_weighting(config.weighting, num_classes, student.penultimate_channels)
+    method.reserve(config.data.crop)
     return student, method
 
 
@@ -175,7 +175,8 @@ def load_network(run: str | Path, which: Literal["last", "best"] = "last") -> Tr
         )
     classes = tuple(snapshot.state["classes"])
     untrained = config.model.model_copy(update={"weights": "random"})  # every weight is in the checkpoint
-    network, _ = build(config, len(classes), untrained)
+    method = METHODS[config.method.name][1](config.method, len(classes))
+    network = build_segmentor(untrained, len(classes), method.heads, config.seed)
     weights = snapshot.tensors["teacher" if snapshot.state["average_started"] else "student"]
     checkpoint_path = f"{run}/{checkpoint.checkpoint_name(snapshot.step)}"
     advice = f"Remove the folder {checkpoint_path}; the same command goes on from an earlier checkpoint."

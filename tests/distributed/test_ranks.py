@@ -45,6 +45,10 @@ CASES = {
         "method.queue.first_size=250", "method.queue.max_new=20",
     ],
     "augseg": ["augseg", "method.threshold=0.145", "method.group=2"],
+    "ael": [
+        "ael", "method.threshold=0.145", "method.group=2", "method.paste.p=0.8", "method.paste.classes=3",
+        "method.momentum=0.9", "method.cutmix.per_class=2", "method.cutmix.object_area=0.01",
+    ],
     "fixmatch-rank": ["fixmatch", "method.threshold=0.145", *RANK],
     "unimatch-rank-pareto": [
         "unimatch", "method.threshold=0.145", *RANK, "weighting.preset=released", "gradients=pareto",
@@ -93,7 +97,7 @@ def trace(
     stream = Stream(
         config.data, {name: Pool.open(pools / name) for name in read}, config.seed, 4, 4,
         across.rank, across.world, learner.strong_views, learner.second_view, 0, STEPS,
-        strong=learner.strong,
+        strong=learner.strong, given=learner.given,
     )  # fmt: skip
     losses, gradient = [], None
     for host in stream:

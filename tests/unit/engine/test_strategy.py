@@ -38,7 +38,19 @@ def trainer_of(scenes, folder, method, *overrides):
     )
     pools = {name: Pool.open(scenes / name) for name in ("labeled", "unlabeled")}
     stream = Stream(
-        config.data, pools, 0, 2, 2, 0, 1, learner.strong_views, learner.second_view, 0, 6, strong=learner.strong
+        config.data,
+        pools,
+        0,
+        2,
+        2,
+        0,
+        1,
+        learner.strong_views,
+        learner.second_view,
+        0,
+        6,
+        strong=learner.strong,
+        given=learner.given,
     )
     return trainer, list(stream)
 
