@@ -257,7 +257,7 @@ class AEL(Method):
         )
 
     def _source(self, batch: SemiBatch, context: StepContext) -> _Source:
-        """For each unlabeled image a class, weak ones likelier, and a crop with it; while there is none, the next one."""
+        """For each unlabeled image a class, weak ones likelier, and a crop that shows it; at first its neighbour."""
         uniform_U2 = context.uniform(batch.slots_U, "cutmix/source", 2)
         class_U = draws.choice(uniform_U2[:, 0], (1.0 - self.bank_K).softmax(dim=0))
         group = group_size(self.config.group, len(batch.slots_U) * context.across.world)
