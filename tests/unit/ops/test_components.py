@@ -37,17 +37,16 @@ def test_noise(size, share, rounds):
 def spiral(side):
     """One line of a pixel's width, two pixels between its turns."""
     mask_HW = torch.zeros(side, side, dtype=torch.bool)
-    row, column, step, way = 0, 0, side - 1, 0
+    row, column = 0, 0
     mask_HW[0, 0] = True
     lengths = [side - 1] + [length for turn in range(side - 1, 0, -3) for length in (turn, turn)]
-    for length in lengths:
+    for way, length in enumerate(lengths):
         down, across = ((0, 1), (1, 0), (0, -1), (-1, 0))[way % 4]
         for _ in range(length):
             row, column = row + down, column + across
             if not (0 <= row < side and 0 <= column < side):
                 return mask_HW
             mask_HW[row, column] = True
-        way += 1
     return mask_HW
 
 
