@@ -32,7 +32,7 @@ from raysemi.data.types import HostBatch
 from raysemi.engine import distributed
 from raysemi.engine.trainer import Trainer
 from raysemi.launch.restore import build
-from raysemi.methods.base import SingleRank
+from raysemi.methods.base import Method, SingleRank
 
 GOALS = {
     **dict.fromkeys(("supervised", "fixmatch", "mean_teacher", "unimatch", "unimatch_v2"), 1.10),
@@ -222,7 +222,7 @@ class StepBench:
             across=SingleRank(), device=self.device, period=_PERIOD, seed=config.seed,
         )  # fmt: skip
         self.trainer.step = _STEP
-        self.hosts = _drawn_batches(config, method.strong_views, method.second_view, self.device.type == "cuda")
+        self.hosts = _drawn_batches(config, method, self.device.type == "cuda")
 
     @property
     def device_name(self) -> str:
@@ -249,7 +249,7 @@ class StepBench:
         return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
 
 
-def _drawn_batches(config: RunConfig, strong_views: int, second_view: bool, pinned: bool) -> list[HostBatch]:
+def _drawn_batches(config: RunConfig, method: Method, pinned: bool) -> list[HostBatch]:
     """Batches of drawn scenes as large as the crop, through the real stream."""
     batch = config.train.batch
     num = 2 * max(batch.labeled, batch.unlabeled)
@@ -257,8 +257,8 @@ def _drawn_batches(config: RunConfig, strong_views: int, second_view: bool, pinn
         scenes = Scenes(train=num + batch.labeled, val=1, size=max(config.data.crop, 32))
         pools = pack(scenes, Path(folder), split=batch.labeled, pools=("labeled", "unlabeled"), processes=1)
         stream = Stream(
-            config.data, pools, config.seed, batch.labeled, batch.unlabeled, 0, 1, strong_views, second_view,
-            _STEP, _STEP + _BATCHES, pinned=pinned,
+            config.data, pools, config.seed, batch.labeled, batch.unlabeled, 0, 1, method.strong_views,
+            method.second_view, _STEP, _STEP + _BATCHES, pinned=pinned, strong=method.strong, given=method.given,
         )  # fmt: skip
         return list(stream)
 

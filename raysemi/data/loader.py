@@ -21,12 +21,14 @@ from torch.utils.data import DataLoader, Dataset
 from raysemi.base import Config, choices
 from raysemi.data.joined import AnyPool
 from raysemi.data.order import Order
+from raysemi.data.pool import NOT_ANNOTATED
 from raysemi.data.reader import Reader, Sample, Skipped
 from raysemi.data.types import HostBatch, StrongViews
 from raysemi.data.views import (
     FAMILIES,
     Geometry,
     ViewsConfig,
+    draw_any_size,
     draw_box,
     draw_geometry,
     generator,
@@ -91,6 +93,7 @@ class Stream:
         start, stop: global steps.
         with_truth: read the masks of the unlabeled images, to measure pseudo-labels; there are no CutMix boxes then.
         cores: cores of this rank, for `loader_processes: none`.
+        given: probability that a labeled image comes with another one to paste from; 0 = the method pastes nothing.
         pinned: hand out page-locked tensors, which a CUDA device copies without holding the host up.
         strong: family of the strong views, unless `config.views.strong` names one.
 
@@ -115,6 +118,7 @@ class Stream:
         with_truth: bool = False,
         *,
         cores: int = 1,
+        given: float = 0.0,
         pinned: bool = False,
         strong: StrongViews = "jitter",
     ) -> None:
@@ -144,7 +148,9 @@ class Stream:
                 )
         shared = dict(zip(used, self._pools, strict=True))
         family = config.views.strong or strong
-        self._steps = _Steps(config, shared, seed, batches, rank, world, strong_views, second_view, with_truth, family)
+        self._steps = _Steps(
+            config, shared, seed, batches, rank, world, strong_views, second_view, with_truth, family, given
+        )
 
     def __len__(self) -> int:
         return max(self.stop - self.start, 0)
@@ -226,8 +232,9 @@ class _Steps(Dataset[Any]):
         second_view: bool,
         with_truth: bool,
         strong: StrongViews,
+        given: float,
     ) -> None:
-        self.config, self.seed, self.strong = config, seed, strong
+        self.config, self.seed, self.strong, self.given = config, seed, strong, given
         self.strong_views, self.second_view, self.with_truth = strong_views, second_view, with_truth
         self.readers = {name: Reader(pool, config.on_corrupt) for name, pool in pools.items()}
         self.orders = {name: Order(pool.shard_rows, pool.digest, seed, batches[name]) for name, pool in pools.items()}
@@ -243,12 +250,17 @@ class _Steps(Dataset[Any]):
     def _batch(self, step: int, skipped: list[Skipped]) -> HostBatch:
         side, views, family = self.config.crop, self.strong_views, FAMILIES[self.strong]
         image_L3HW, label_LHW, keys_L, slots_L = [], [], [], self._slots("labeled")
+        given_L3HW, given_label_LHW = [], []
         for sample, number in self._samples("labeled", step, True, skipped):
             geometry = self._geometry(sample, number, "geometry")
             image_L3HW.append(weak_view(sample.image, geometry))
             assert sample.mask is not None
             label_LHW.append(label_view(sample.mask, geometry))
             keys_L.append(sample.key)
+            if self.given > 0.0:
+                image_3HW, given_label_HW = self._another(sample.key, number, skipped)
+                given_L3HW.append(image_3HW)
+                given_label_LHW.append(given_label_HW)
 
         slots_U = self._slots("unlabeled")
         num = len(slots_U)
@@ -290,6 +302,8 @@ class _Steps(Dataset[Any]):
             second_weak_U3HW=_stack(second_U3HW, picture, np.uint8) if self.second_view else None,
             second_valid_UHW=_stack(second_valid_UHW, plane, np.bool_) if self.second_view else None,
             second_photometric_UP=torch.from_numpy(second_UP) if self.second_view else None,
+            given_L3HW=_stack(given_L3HW, picture, np.uint8) if self.given > 0.0 else None,
+            given_label_LHW=_stack(given_label_LHW, plane, np.uint8) if self.given > 0.0 else None,
             truth_UHW=_stack(truth_UHW, plane, np.uint8) if self.with_truth else None,
             strong=self.strong,
         )
@@ -304,6 +318,20 @@ class _Steps(Dataset[Any]):
             sample = self.readers[name].sample(int(row), with_mask)
             skipped.extend(sample.skipped)
             yield sample, int(number)
+
+    def _another(self, key: str, number: int, skipped: list[Skipped]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """View and label of any labeled sample, drawn with the sample that it is given to; or nothing but padding."""
+        side, reader = self.config.crop, self.readers["labeled"]
+        rng = generator(self.seed, number, key, "given")
+        comes, which = rng.random(2)
+        if comes >= self.given:
+            return np.zeros((3, side, side), np.uint8), np.full((side, side), NOT_ANNOTATED, np.uint8)
+        sample = reader.sample(int(which * reader.pool.num_samples), with_mask=True)
+        skipped.extend(sample.skipped)
+        width, height = sample.image.size
+        geometry = draw_any_size(rng, self.config.views, height, width, side)
+        assert sample.mask is not None
+        return weak_view(sample.image, geometry), label_view(sample.mask, geometry)
 
     def _geometry(self, sample: Sample, number: int, name: str) -> Geometry:
         width, height = sample.image.size

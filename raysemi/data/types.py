@@ -41,6 +41,10 @@ class HostBatch:
     """uint8: another random view of the same images, for methods that mix with it; None unless asked for."""
     second_valid_UHW: Tensor | None = None
     second_photometric_UP: Tensor | None = None
+    given_L3HW: Tensor | None = None
+    """uint8: for each labeled image another one, of which the method may paste parts into it; None unless asked for."""
+    given_label_LHW: Tensor | None = None
+    """uint8 its labels; all 255 where an image comes without one."""
     truth_UHW: Tensor | None = None
     """uint8 labels of the unlabeled images, for measuring alone; a training stream never has them."""
     strong: StrongViews = "jitter"
@@ -69,6 +73,10 @@ class SemiBatch:
     """Strong views, not mixed yet; all views of an image share its geometry."""
     boxes_VU4: Tensor
     """int64 CutMix box (left, top, right, bottom), half open; all 0 = no box. Partners are slots 2j and 2j + 1."""
+    given_L3HW: Tensor | None = None
+    """For each labeled image another one, of which parts may be pasted into it; None unless the method asks for it."""
+    given_label_LHW: Tensor | None = None
+    """int64; all 255 where an image comes without one."""
     second_weak_U3HW: Tensor | None = None
     second_strong_U3HW: Tensor | None = None
     second_valid_UHW: Tensor | None = None

@@ -142,6 +142,15 @@ def draw_geometry(rng: np.random.Generator, config: ViewsConfig, height: int, wi
     return Geometry(height, width, resized_height, resized_width, top, left, crop, bool(u[3] < config.flip))
 
 
+def draw_any_size(rng: np.random.Generator, config: ViewsConfig, height: int, width: int, crop: int) -> Geometry:
+    """As `draw_geometry`, but resized to 0.1 to 1 of its size in half of the draws, to 1 to 2 in the others.
+
+    Source: what AEL (Hu et al. 2021, arXiv:2110.05474) pastes from.
+    """
+    scale = (0.1, 1.0) if rng.random() < 0.5 else (1.0, 2.0)
+    return draw_geometry(rng, config.model_copy(update={"scale": scale}), height, width, crop)
+
+
 def weak_view(image: Image.Image, geometry: Geometry) -> NDArray[np.uint8]:
     """The image under a geometry, bilinear, antialiased when it shrinks: uint8 [3, S, S], padding 0."""
     height, width = geometry.shown
@@ -248,6 +257,8 @@ def on_device(host: HostBatch, device: torch.device, memory_format: torch.memory
         slots_U=moved(host.slots_U),
         strong_VU3HW=_stacked(views, weak_U3HW, memory_format),
         boxes_VU4=moved(host.boxes_VU4),
+        given_L3HW=None if host.given_L3HW is None else images(moved(host.given_L3HW)),
+        given_label_LHW=None if host.given_label_LHW is None else moved(host.given_label_LHW).long(),
         second_weak_U3HW=second_weak_U3HW,
         second_strong_U3HW=second_strong_U3HW,
         second_valid_UHW=moved(host.second_valid_UHW),

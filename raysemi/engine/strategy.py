@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from raysemi.data.types import SemiBatch
 from raysemi.engine.gradients import GradientRule, SideLosses, join_ranks, side_loss, uniform_loss
 from raysemi.methods.base import AcrossRanks, Method, StepContext
+from raysemi.methods.queues import Rings
 from raysemi.models.segmentor import Segmentor
 from raysemi.ops.schedules import rampup
 
@@ -101,7 +102,10 @@ class Replicas:
             self._module = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
         networks = [module.student] if teacher is None else [module.student, teacher]
         self._buffers = [buffer for network in networks for buffer in _running_statistics(network)]
-        self._kept = [*self._buffers, *(b for b in module.method.buffers())]
+        # large memories note by themselves what a step overwrites; the rest is small and copied
+        self._rings = [part for part in module.method.modules() if isinstance(part, Rings)]
+        noted = {id(rings.rows_TX) for rings in self._rings}
+        self._kept = [*self._buffers, *(b for b in module.method.buffers() if id(b) not in noted)]
         self._before: list[Tensor] = []
 
     def _autocast(self) -> AbstractContextManager[None]:
@@ -110,6 +114,8 @@ class Replicas:
     def losses(self, batch: SemiBatch, context: StepContext) -> SideLosses:
         """Runs the method on this rank's share, under autocast."""
         self._before = [buffer.clone() for buffer in self._kept]
+        for rings in self._rings:
+            rings.begin()
         with self._autocast():
             losses: SideLosses = self._module(batch, context)
         return losses
@@ -147,6 +153,8 @@ class Replicas:
         for buffer, before in zip(self._kept, self._before, strict=True):
             buffer.copy_(torch.where(finite, buffer, before))
         self._before = []
+        for rings in self._rings:
+            rings.restore(finite)
 
 
 def _running_statistics(network: nn.Module) -> Iterator[Tensor]:

@@ -139,7 +139,7 @@ def refuse_another_run(config: RunConfig) -> None:
 
 
 def build(config: RunConfig, num_classes: int, *, untrained: bool = False) -> tuple[Segmentor, Method]:
-    """The student with the heads that its method asks for, and the method with its weighting, on the CPU.
+    """The student with the heads that its method asks for, and the method with its weighting and memories, on the CPU.
 
     Args:
         config: the run.
@@ -147,11 +147,17 @@ def build(config: RunConfig, num_classes: int, *, untrained: bool = False) -> tu
         untrained: begin with random weights, whatever `model.weights` says: a checkpoint will replace them all, and
             neither a hub nor a file is asked for.
     """
+    student, method = _student(config, num_classes, untrained)
+    method.weighting = build_weighting(config.weighting, num_classes, student.penultimate_channels)
+    method.reserve(config.data.crop)
+    return student, method
+
+
+def _student(config: RunConfig, num_classes: int, untrained: bool) -> tuple[Segmentor, Method]:
+    """Without what only training needs."""
     method = METHODS[config.method.name][1](config.method, num_classes)
     model = config.model.model_copy(update={"weights": "random"}) if untrained else config.model
-    student = build_segmentor(model, num_classes, method.heads, config.seed)
-    method.weighting = build_weighting(config.weighting, num_classes, student.penultimate_channels)
-    return student, method
+    return build_segmentor(model, num_classes, method.heads, config.seed), method
 
 
 @dataclass(frozen=True)
@@ -191,7 +197,7 @@ def load_network(run: str | Path, which: Literal["last", "best"] = "last") -> Tr
             f"{run} must hold a whole checkpoint; got none. Train it first: the same command goes on."
         )
     classes = tuple(snapshot.state["classes"])
-    network, _ = build(config, len(classes), untrained=True)
+    network, _ = _student(config, len(classes), untrained=True)
     weights = snapshot.tensors["teacher" if snapshot.state["average_started"] else "student"]
     checkpoint_path = f"{run}/{checkpoint.checkpoint_name(snapshot.step)}"
     advice = f"Remove the folder {checkpoint_path}; the same command goes on from an earlier checkpoint."

@@ -121,6 +121,7 @@ class _Run:
             start=start,
             stop=stop,
             with_truth=truth,
+            given=method.given,
             cores=torch.get_num_threads(),
             pinned=self.trainer.device.type == "cuda",
             strong=method.strong,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from raysemi.base import Config
+from raysemi.methods.ael import AEL, AELConfig
 from raysemi.methods.augseg import AugSeg, AugSegConfig
 from raysemi.methods.base import Method
 from raysemi.methods.corrmatch import CorrMatch, CorrMatchConfig
@@ -24,4 +25,5 @@ METHODS: dict[str, tuple[type[Config], type[Method]]] = {
     "derprop": (DerPropConfig, DerProp),
     "u2pl": (U2PLConfig, U2PL),
     "augseg": (AugSegConfig, AugSeg),
+    "ael": (AELConfig, AEL),
 }

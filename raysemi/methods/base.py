@@ -6,7 +6,8 @@ Axes: B images of this rank, K classes, H x W pixels.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
 
@@ -171,6 +172,8 @@ class Method(nn.Module, ABC):
     """Family of its strong views, unless `data.views.strong` names one."""
     second_view: bool = False
     """True when the method needs a second random geometry of each unlabeled image."""
+    given: float = 0.0
+    """Probability that a labeled image comes with another labeled one to paste from; 0 = it pastes nothing."""
     weighted: bool = False
     """True when its pseudo-labeled pixels may be weighted: it asks `self.weighting`."""
     trains_teacher_statistics: bool = False
@@ -191,6 +194,13 @@ class Method(nn.Module, ABC):
         """
         return {}
 
+    def reserve(self, crop: int) -> None:
+        """Makes the buffers whose size depends on the images'. None by default.
+
+        Args:
+            crop: side of the images, pixels.
+        """
+
     def ramp_steps(self, steps: int) -> float:
         """Steps in which the weights of its unsupervised terms rise by themselves, at the start of a run of `steps`.
 
@@ -201,6 +211,16 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def objectives(self, batch: SemiBatch, context: StepContext) -> dict[str, Objective]:
         """The terms of the loss, by name, on this rank's share; the same names on all ranks. Never calls backward."""
+
+
+@contextmanager
+def in_train_mode(network: nn.Module) -> Iterator[None]:
+    """For a pass that moves the BatchNorm statistics of a network which is else in eval mode."""
+    network.train()
+    try:
+        yield
+    finally:
+        network.eval()
 
 
 @torch.no_grad()

@@ -1,18 +1,21 @@
-"""Dropout of whole channels of the maps that a decoder reads: the perturbations that UniMatch taught the field.
+"""Dropout of whole channels, drawn by slot: in networks that have some, and in the maps that a decoder reads.
 
-Source: Yang et al. 2023, UniMatch, arXiv:2208.09910, section 3.2, and 2025, UniMatch V2, arXiv:2410.10777, section 3.3.
-Differs: factors are drawn from (seed, step, slot), so that they do not depend on the rank.
+Source of the latter: Yang et al. 2023, UniMatch, arXiv:2208.09910, section 3.2, and 2025, UniMatch V2,
+arXiv:2410.10777, section 3.3. Differs: factors are drawn from (seed, step, slot), so that they do not depend on the
+rank.
 Axes: B images of a pass, U unlabeled ones, C channels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from raysemi.methods.base import StepContext
+from raysemi.models.decoders import Keep, dropouts
 from raysemi.models.encoders import Features
 
 
@@ -61,3 +64,22 @@ def with_complementary(
         keep_BC = torch.cat((first_UC.new_ones(num_labeled, channels), first_UC, 2.0 - first_UC)).to(map_BChw.dtype)
         maps.append(map_BChw * keep_BC[:, :, None, None])
     return replace(features, maps=tuple(maps))
+
+
+def drawn_dropout(
+    network: nn.Module, slots: Mapping[str, Tensor], name: str, drop: float, context: StepContext
+) -> Keep:
+    """Factors of every dropout of a network, for one pass over images of several kinds.
+
+    Args:
+        network: decoder and heads name their dropouts.
+        slots: global slots of the images, by kind, in the order of the pass.
+        name: of the pass.
+        drop: probability that a channel is dropped.
+        context: the step.
+    """
+    drawn = {
+        place: torch.cat([context.keep(of, f"{name}/{place}/{kind}", channels, drop) for kind, of in slots.items()])
+        for place, channels in dropouts(network).items()
+    }
+    return lambda place, _: drawn[place]

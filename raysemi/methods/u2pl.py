@@ -18,8 +18,6 @@ Axes: L labeled, U unlabeled, B = L + U images, K classes, H x W pixels, h x w c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,20 +27,16 @@ from torch import Tensor, nn
 
 from raysemi.base import Config, choices, search
 from raysemi.data.types import SemiBatch
-from raysemi.methods.base import Average, Method, StepContext, group_size
+from raysemi.methods.auxiliary import auxiliary_head, labeled_terms
+from raysemi.methods.base import Average, Method, StepContext, group_size, in_train_mode
+from raysemi.methods.perturbation import drawn_dropout
 from raysemi.methods.pixel_contrast import Cells, ContrastConfig, PixelContrast, QueueConfig
 from raysemi.methods.weighting import UnlabeledPass
-from raysemi.models.decoders import Keep, dropouts, resize
-from raysemi.models.heads import AuxiliaryHead, RepresentationHead
+from raysemi.models.decoders import Keep
+from raysemi.models.heads import RepresentationHead
 from raysemi.models.segmentor import Channels, Prediction, Segmentor
 from raysemi.ops.entropy import entropy, percentiles
-from raysemi.ops.losses import (
-    Criterion,
-    Objective,
-    labeled_loss,
-    supervised,
-    unsupervised,
-)
+from raysemi.ops.losses import Criterion, Objective, unsupervised
 from raysemi.ops.mixing import half_boxes, next_in_group, paste_all
 from raysemi.ops.pseudo_label import confidence_and_label
 
@@ -134,10 +128,7 @@ class U2PL(Method):
         size = self.config.representation
         representation = RepresentationHead(channels.joined, dim=size.dim, hidden=size.hidden)
         heads: dict[str, nn.Module] = {"representation": representation}
-        if self.config.auxiliary_weight > 0.0:
-            assert channels.middle is not None  # the config refuses an encoder without it
-            heads["auxiliary"] = AuxiliaryHead(channels.middle, self.num_classes)
-        return heads
+        return heads | auxiliary_head(channels, self.config.auxiliary_weight, self.num_classes)
 
     def percents(self, step: int, steps: int, period: int) -> tuple[float, float]:
         """(p, a) of a step, in percent: p grows from `drop_percent` to 100, a shrinks from `alpha0` to 0, by period."""
@@ -162,7 +153,7 @@ class U2PL(Method):
 
         images_B3HW, num_labeled = torch.cat((batch.image_L3HW, mixed_U3HW)), len(batch.image_L3HW)
         student = _see(context.student, images_B3HW, batch, context, "student")
-        with torch.no_grad(), _in_train_mode(teacher):
+        with torch.no_grad(), in_train_mode(teacher):
             taught = _see(teacher, images_B3HW, batch, context, "teacher")
         if config.entropy_source == "mixed":
             entropy_UHW = entropy(taught.prediction.logits_BKHW[num_labeled:])
@@ -213,18 +204,8 @@ class U2PL(Method):
         return paste_all(boxes_U4, tensors, [next_in_group(tensor, group) for tensor in tensors])
 
     def _labeled_terms(self, view: _View, batch: SemiBatch, context: StepContext) -> dict[str, Objective]:
-        num_labeled, size = len(batch.image_L3HW), batch.label_LHW.shape[1:]
-
-        def loss(logits_BKHW: Tensor) -> tuple[Tensor, Tensor]:
-            return labeled_loss(self.config.criterion, logits_BKHW[:num_labeled], batch.label_LHW, context.across)
-
-        terms = {"supervised": supervised(loss(view.prediction.logits_BKHW), weight=1.0)}
-        if self.config.auxiliary_weight > 0.0:
-            middle_BDhw = view.prediction.features.middle_BDhw
-            assert middle_BDhw is not None  # the config refuses an encoder without it
-            scores_BKhw = context.student.heads["auxiliary"](middle_BDhw, view.keep)
-            terms["auxiliary"] = supervised(loss(resize(scores_BKhw, size)), self.config.auxiliary_weight)
-        return terms
+        config = self.config
+        return labeled_terms(view.prediction, view.keep, config.criterion, config.auxiliary_weight, batch, context)
 
     def _consistency(
         self, logits_UKHW: Tensor, label_UHW: Tensor, kept_UHW: Tensor, weight_UHW: Tensor, context: StepContext
@@ -238,26 +219,9 @@ class U2PL(Method):
 
 def _see(network: Segmentor, images_B3HW: Tensor, batch: SemiBatch, context: StepContext, name: str) -> _View:
     """A pass with dropout over the labeled images and, where there are more, the mixed ones."""
-
-    drawn: dict[str, Tensor] = {}
-    for place, channels in dropouts(network).items():
-        rows = [context.keep(batch.slots_L, f"{name}/{place}/labeled", channels, _DROP)]
-        if len(images_B3HW) > len(batch.slots_L):
-            rows.append(context.keep(batch.slots_U, f"{name}/{place}/unlabeled", channels, _DROP))
-        drawn[place] = torch.cat(rows)
-
-    def keep(place: str, _: int) -> Tensor:
-        return drawn[place]
-
+    slots = {"labeled": batch.slots_L}
+    if len(images_B3HW) > len(batch.slots_L):
+        slots["unlabeled"] = batch.slots_U
+    keep = drawn_dropout(network, slots, name, _DROP, context)
     prediction = network.decode(network.encode(images_B3HW), images_B3HW.shape[-2:], keep)
     return _View(prediction, network.heads["representation"](prediction.joined_BDhw, keep), keep)
-
-
-@contextmanager
-def _in_train_mode(network: nn.Module) -> Iterator[None]:
-    """For a pass that moves its BatchNorm statistics."""
-    network.train()
-    try:
-        yield
-    finally:
-        network.eval()

@@ -65,3 +65,20 @@ def beta(uniform_BN: Tensor, alpha: int) -> Tensor:
         float32 [B] in [0, 1), on the device of the uniform numbers.
     """
     return uniform_BN.sort(dim=1).values[:, alpha - 1]
+
+
+def choice(uniform_BN: Tensor, weight_K: Tensor) -> Tensor:
+    """Classes drawn with replacement, each as often as its share of the weights says; never one of weight 0.
+
+    Args:
+        uniform_BN: of `uniform`.
+        weight_K: 0 or more, not all 0.
+
+    Returns:
+        int64 of the same shape, on the device of the uniform numbers.
+    """
+    reached_K = weight_K.cumsum(dim=0)
+    # a number below 1, times the sum, may round to the sum: then it is the last class that has a weight
+    place_BN = torch.searchsorted(reached_K, uniform_BN * reached_K[-1], right=True)
+    last = torch.searchsorted(reached_K, reached_K[-1:], right=False)
+    return torch.minimum(place_BN, last)

@@ -271,6 +271,11 @@ def _cross_entropy_map(logits_BKHW: Tensor, labels_BHW: Tensor, ignore_index: in
     return F.cross_entropy(_at_least_fp32(logits_BKHW), labels_BHW, ignore_index=ignore_index, reduction="none")
 
 
+def true_probability(logits_BKHW: Tensor, labels_BHW: Tensor) -> Tensor:
+    """Probability that each pixel's own class gets, without gradient: at least fp32 [B, H, W], 1 at `IGNORE`."""
+    return _true_probability(_cross_entropy_map(logits_BKHW.detach(), labels_BHW, IGNORE))
+
+
 def _true_probability(loss_BHW: Tensor) -> Tensor:
     return loss_BHW.detach().neg().exp()  # 1 at ignored pixels, and no softmax over K classes to read one of them
 

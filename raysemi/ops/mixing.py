@@ -67,6 +67,25 @@ def half_boxes(uniform_U3: Tensor, height: int, width: int) -> Tensor:
     return torch.stack((left, top, left + box_width, top + box_height), dim=1)
 
 
+def log_half_boxes(uniform_U3: Tensor, height: int, width: int) -> Tensor:
+    """Boxes of half the image's area: height H * 0.5 ** u, so that tall and wide ones are alike; the width follows.
+
+    Args:
+        uniform_U3: numbers in [0, 1): of the height, left and top of each box.
+        height, width: of the images.
+
+    Returns:
+        int64 (left, top, right, bottom) in pixels, half open: [U, 4].
+
+    Source: the code of AEL (Hu et al. 2021, arXiv:2110.05474).
+    """
+    box_height = (height * 0.5 ** uniform_U3[:, 0] + 0.5).long().clamp(min=1)
+    box_width = ((height * width + box_height) // (2 * box_height)).clamp(max=width)
+    left = (uniform_U3[:, 1] * (width - box_width + 1)).long()
+    top = (uniform_U3[:, 2] * (height - box_height + 1)).long()
+    return torch.stack((left, top, left + box_width, top + box_height), dim=1)
+
+
 def permuted(uniform_GS: Tensor) -> Tensor:
     """Partner row of each image, a random permutation within each group of S neighbouring rows.
 

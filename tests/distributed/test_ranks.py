@@ -45,6 +45,10 @@ CASES = {
         "method.queue.first_size=250", "method.queue.max_new=20",
     ],
     "augseg": ["augseg", "method.threshold=0.145", "method.group=2"],
+    "ael": [
+        "ael", "method.threshold=0.145", "method.group=2", "method.paste.p=0.8", "method.paste.classes=3",
+        "method.momentum=0.9", "method.cutmix.per_class=2", "method.cutmix.object_area=0.01",
+    ],
     "fixmatch-rank": ["fixmatch", "method.threshold=0.145", *RANK],
     "unimatch-rank-pareto": [
         "unimatch", "method.threshold=0.145", *RANK, "weighting.preset=released", "gradients=pareto",
@@ -93,7 +97,7 @@ def trace(
     stream = Stream(
         config.data, {name: Pool.open(pools / name) for name in read}, config.seed, 4, 4,
         across.rank, across.world, learner.strong_views, learner.second_view, 0, STEPS,
-        strong=learner.strong,
+        strong=learner.strong, given=learner.given,
     )  # fmt: skip
     losses, gradient = [], None
     for host in stream:
@@ -187,6 +191,7 @@ BUFFERS = {
     "derprop": {"threshold"},
     "corrmatch": {"threshold"},
     "u2pl": {"contrast.queues.keys_TD", "contrast.queues.inserted_K"},
+    "ael": {"bank_K", "cache.crops_T4SS", "cache.inserted_K", "cache.presence_TK"},
 }
 """What a method carries, by the first part of the case."""
 
@@ -203,7 +208,10 @@ def test_two_ranks_equal_one(traces, case):
     assert one["buffers"].keys() == first["buffers"].keys() == expected
     for name, value in first["buffers"].items():
         atol = 1e-3 if value.dtype == torch.float16 else 1e-6  # in half precision the last digit may fall either way
-        assert torch.allclose(one["buffers"][name], value, atol=atol)
+        if value.is_floating_point():
+            assert torch.allclose(one["buffers"][name], value, atol=atol)
+        else:
+            assert torch.equal(one["buffers"][name], value), name
         assert torch.equal(value, second["buffers"][name])  # a number that decides is the same on all ranks
 
 
@@ -219,6 +227,13 @@ def test_the_queues_of_u2pl_are_filled(traces):
     inserted_K = traces["u2pl"][0]["buffers"]["contrast.queues.inserted_K"]
     assert (inserted_K > 0).sum() > 1
     assert traces["u2pl"][0]["losses"][-1]["loss/contrastive"] > 0.1
+
+
+def test_the_cache_and_the_bank_of_ael_are_filled(traces):
+    buffers = traces["ael"][0]["buffers"]
+    assert buffers["cache.inserted_K"].sum() == STEPS * 2  # a crop of each group of two
+    assert buffers["cache.presence_TK"][:-1].any(dim=1).sum() == buffers["cache.inserted_K"].clamp(max=2).sum()
+    assert (buffers["bank_K"] != 0.5).any()
 
 
 def test_ranks_agree_on_a_teachers_own_statistics(traces):
@@ -251,6 +266,8 @@ def test_unsupervised_terms_take_part(traces):
         ("u2pl", "loss/contrastive"),
         ("derprop-momentum", "loss/strong"),
         ("augseg", "loss/consistency"),
+        ("ael", "loss/consistency"),
+        ("ael", "loss/consistency_labeled"),
     ):
         assert all(losses[term] > 1e-4 for losses in traces[case][0]["losses"])
 

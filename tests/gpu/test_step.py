@@ -42,7 +42,7 @@ def test_no_line_of_a_step_waits_for_the_device(scenes: Path, tmp_path: Path, me
     pools = {name: Pool.open(scenes / name) for name in read}
     stream = Stream(
         config.data, pools, 0, 2, 2, 0, 1, learner.strong_views, learner.second_view, 0, 4, pinned=True,
-        strong=learner.strong,
+        strong=learner.strong, given=learner.given,
     )  # fmt: skip
     hosts = list(stream)
     trainer.train_step(hosts[0])  # libraries choose their kernels here

@@ -259,3 +259,30 @@ def test_a_store_that_does_not_answer_stays_the_cause(pools, monkeypatch, proces
     with pytest.raises(DataError) as caught:
         list(stream(pools, loader_processes=processes))
     assert isinstance(caught.value.__cause__, ConnectionError)
+
+
+def test_labeled_images_come_with_others_when_asked(pools):
+    """Half of the time, another random one in another size; everything else stays to the last bit."""
+    config = DataConfig(crop=SIDE)
+
+    def made(given, start=0, stop=60, rank=0, world=1):
+        return list(Stream(config, pools, 7, 2, 4, rank, world, 2, True, start, stop, given=given))
+
+    plain, asked = made(0.0), made(0.5)
+    for one, other in zip(plain, asked, strict=True):
+        assert one.given_L3HW is one.given_label_LHW is None
+        assert_same(one, dataclasses.replace(other, given_L3HW=None, given_label_LHW=None))
+    image_N3HW = torch.cat([batch.given_L3HW for batch in asked])
+    label_NHW = torch.cat([batch.given_label_LHW for batch in asked])
+    assert (image_N3HW.dtype, label_NHW.dtype) == (torch.uint8, torch.uint8)
+    there_N = (label_NHW != 255).flatten(1).any(dim=1)
+    assert there_N.float().mean().item() == pytest.approx(0.5, abs=0.15)
+    assert not image_N3HW[~there_N].any()
+    # right and below an image that was made smaller there is padding, whose label is 255 too
+    shown_N = (label_NHW[there_N] != 255).flatten(1).float().mean(dim=1)
+    assert (shown_N < 0.5).float().mean() > 0.1
+    assert (shown_N == 1.0).float().mean() > 0.3
+    assert all((label != 255).any() for batch in made(1.0, 0, 5) for label in batch.given_label_LHW)
+    for one, *parts in zip(made(0.5, 5, 9), *(made(0.5, 5, 9, rank, 2) for rank in (0, 1)), strict=True):
+        assert torch.equal(one.given_L3HW, torch.cat([part.given_L3HW for part in parts]))
+        assert torch.equal(one.given_label_LHW, torch.cat([part.given_label_LHW for part in parts]))

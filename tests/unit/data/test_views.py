@@ -247,3 +247,22 @@ def test_no_unlabeled_images_and_no_views():
         batch = views.on_device(host(2, unlabeled=0, strong=strong), torch.device("cpu"), torch.channels_last)
         assert batch.strong_VU3HW.shape == (2, 0, 3, 9, 11)
     assert views.on_device(host(0), torch.device("cpu"), torch.channels_last).strong_VU3HW.shape == (0, 3, 3, 9, 11)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_images_to_paste_from_come_to_the_device(layout):
+    plain = host(1)
+    assert views.on_device(plain, torch.device("cpu"), layout).given_L3HW is None
+    given = dataclasses.replace(plain, given_L3HW=plain.image_L3HW.flip(0), given_label_LHW=plain.label_LHW.flip(0))
+    batch = views.on_device(given, torch.device("cpu"), layout)
+    assert torch.equal(batch.given_L3HW, batch.image_L3HW.flip(0))
+    assert torch.equal(batch.given_label_LHW, batch.label_LHW.flip(0))
+    assert batch.given_L3HW.is_contiguous(memory_format=layout)
+
+
+def test_half_of_what_is_pasted_is_larger_than_its_image():
+    sides = [views.draw_any_size(rng(seed), CONFIG, 100, 70, 33).resized_height / 100 for seed in range(2000)]
+    assert min(sides) >= 0.1
+    assert max(sides) <= 2.0
+    assert np.mean([side > 1 for side in sides]) == pytest.approx(0.5, abs=0.03)
+    assert np.mean([side < 0.55 for side in sides]) == pytest.approx(0.25, abs=0.03)

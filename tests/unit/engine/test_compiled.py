@@ -41,7 +41,8 @@ def trainer_of(scenes, tmp_path, method, compiled):
     )  # fmt: skip
     pools = {name: Pool.open(scenes / name) for name in ("labeled", "unlabeled")}
     views = learner.strong_views, learner.second_view
-    return trainer, lambda start, stop: Stream(config.data, pools, 0, 2, 2, 0, 1, *views, start, stop)
+    asked = {"strong": learner.strong, "given": learner.given}
+    return trainer, lambda start, stop: Stream(config.data, pools, 0, 2, 2, 0, 1, *views, start, stop, **asked)
 
 
 def graphs():

@@ -43,6 +43,7 @@ OF_METHOD = {
     "fixmatch": ["method.threshold=0.2"],
     "derprop": ["method.threshold.initial=0.25"],
     "augseg": ["method.threshold=0.2"],
+    "ael": ["method.threshold=0.2", "method.cutmix.per_class=2", "method.momentum=0.9"],
     "unimatch": ["method.threshold=0.2"],
     "corrmatch": ["method.threshold.initial=0.25"],
     "u2pl": [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from raysemi.methods.queues import ClassQueues
@@ -71,3 +72,22 @@ def test_a_checkpoint_carries_them():
     other.load_state_dict(queues.state_dict())
     assert held(other, 0) == held(queues, 0) == {2, 3, 4}
     assert held(other, 1) == {5, 6}
+
+
+@pytest.mark.parametrize("finite", [True, False])
+def test_what_was_inserted_since_the_beginning_is_taken_back(finite):
+    """Twice in one step, in part into the same rows; also more than fits."""
+    queues = ClassQueues([3, 4], dim=4)
+    queues.insert(vectors(10).view(1, 2, 5, 4), torch.tensor([[5, 2]]))
+    before, held_before = queues.keys_TD.clone(), [held(queues, k) for k in (0, 1)]
+    queues.begin()
+    queues.insert(vectors(12, start=20).view(2, 2, 3, 4), torch.tensor([[2, 3], [1, 0]]))
+    queues.insert(vectors(12, start=50).view(1, 2, 6, 4), torch.tensor([[6, 1]]))
+    written = queues.keys_TD.clone()
+    queues.restore(torch.tensor(finite))
+    assert torch.equal(queues.keys_TD, written if finite else before)
+    assert held_before == [{2, 3, 4}, {5, 6}]
+    queues.insert(vectors(2, start=90).view(1, 2, 1, 4), torch.tensor([[1, 1]]))
+    after = queues.keys_TD.clone()
+    queues.restore(torch.tensor(False))  # nothing is noted outside of a step
+    assert torch.equal(queues.keys_TD, after)

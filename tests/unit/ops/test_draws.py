@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from raysemi.ops.draws import beta, uniform
+from raysemi.ops.draws import beta, choice, uniform
 
 
 def splitmix(x):
@@ -83,3 +83,23 @@ def test_an_order_statistic_is_beta_distributed(alpha, other):
     numbers = beta(uniform(0, 0, torch.arange(20_000), "x", alpha + other - 1), alpha)
     assert stats.kstest(numbers.numpy(), stats.beta(alpha, other).cdf).pvalue > 0.01
     assert stats.kstest(numbers.numpy(), stats.beta(alpha, other + 1).cdf).pvalue < 1e-6
+
+
+def test_classes_are_chosen_as_often_as_they_weigh():
+    """ael.md section 3: CutMix's chances of k = (.9, .5, .7), and those of copy-paste without the first class."""
+    bank_K = torch.tensor([0.9, 0.5, 0.7])
+    mixed_K, pasted_K = (1 - bank_K).softmax(dim=0), (1 - bank_K).sqrt().softmax(dim=0)
+    torch.testing.assert_close(mixed_K, torch.tensor([0.26931, 0.40176, 0.32893]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(pasted_K, torch.tensor([0.26747, 0.39539, 0.33714]), rtol=0, atol=1e-5)
+    numbers_BN = uniform(0, 3, torch.arange(100), "class", 1000)
+    for weight_K in (mixed_K, pasted_K * torch.tensor([0.0, 1.0, 1.0]), torch.tensor([2.0, 0.0, 0.0])):
+        found_BN = choice(numbers_BN, weight_K)
+        assert found_BN.shape == numbers_BN.shape
+        share_K = torch.bincount(found_BN.flatten(), minlength=3) / found_BN.numel()
+        torch.testing.assert_close(share_K, weight_K / weight_K.sum(), rtol=0, atol=0.005)
+        assert (share_K[weight_K == 0] == 0).all()
+    ends = torch.tensor([[0.0, 1 - 2**-24]])
+    assert choice(ends, torch.tensor([0.0, 1.0, 3.0, 0.0])).tolist() == [[1, 2]]
+    for size in range(1, 200):
+        weight_K = torch.rand(size, generator=torch.Generator().manual_seed(size))
+        assert choice(ends, torch.cat((weight_K, torch.zeros(2))))[0, 1] == size - 1

@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from raysemi.errors import ConfigError
-from raysemi.ops.mixing import centred_boxes, half_boxes, inside, next_in_group, partner, paste, permuted
+from raysemi.ops.mixing import (
+    centred_boxes,
+    half_boxes,
+    inside,
+    log_half_boxes,
+    next_in_group,
+    partner,
+    paste,
+    permuted,
+)
 
 BOXES = torch.tensor([[1, 0, 4, 2], [0, 0, 0, 0], [0, 2, 7, 5], [6, 4, 7, 5], [2, 1, 3, 4]])  # 5 images of 5 x 7
 
@@ -155,3 +164,16 @@ def test_no_centre_in_the_first_eighth():
     for low, high in ((boxes[:, 0], boxes[:, 2]), (boxes[:, 1], boxes[:, 3])):
         assert (low.min() + 1, high.max()) == (513 // 8, 513)
         assert abs((low.float() + 1).mean() - (64 + 512) / 2) < 2
+
+
+def test_half_boxes_of_any_shape():
+    """ael.md section 8: within 1 % of half the area; as often tall as wide."""
+    uniform_U3 = torch.rand(20_000, 3, generator=torch.Generator().manual_seed(0))
+    for height, width in ((321, 321), (129, 257)):
+        left, top, right, bottom = log_half_boxes(uniform_U3, height, width).unbind(1)
+        area_U = (right - left) * (bottom - top)
+        assert (area_U / (height * width) - 0.5).abs().max() < 0.005
+        assert min(left.min(), top.min()) == 0
+        assert (right.max(), bottom.max()) == (width, height)
+        tall_U = (bottom - top) / height > (right - left) / width
+        assert abs(tall_U.float().mean().item() - 0.5) < 0.02
