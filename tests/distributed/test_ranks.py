@@ -62,6 +62,13 @@ CASES = {
         "derprop", "method.threshold.initial=0.145", "gradients=pareto", "gradients.warmup=1",
         "gradients.measure_every=1",
     ],
+    "derprop-rank-pareto": ["derprop", "method.threshold.initial=0.145", *RANK, "gradients=pareto"],
+    "corrmatch-rank-pareto": [
+        "corrmatch", "method.threshold.initial=0.145", *RANK, "gradients=pareto", "gradients.measure_every=1",
+    ],
+    "corrmatch-second": [
+        "corrmatch", "method.threshold.initial=0.145", "method.cutmix.partner=second_view",
+    ],
 }  # fmt: skip
 """Method, and settings beside those of `trace`."""
 STEPS = 3
@@ -216,8 +223,9 @@ def test_two_ranks_equal_one(traces, case):
 
 
 def test_the_memories_of_rank_weighting_are_filled(traces):
-    for memory in MEMORIES:
-        assert traces["fixmatch-rank"][0]["buffers"][f"weighting.{memory}.inserted_K"].sum() > 0
+    for case in ("fixmatch-rank", "derprop-rank-pareto", "corrmatch-rank-pareto"):
+        for memory in MEMORIES:
+            assert traces[case][0]["buffers"][f"weighting.{memory}.inserted_K"].sum() > 0
     weighted, plain = (traces[case][0]["losses"] for case in ("fixmatch-rank", "fixmatch"))
     assert weighted[0]["loss/supervised"] == plain[0]["loss/supervised"]
     assert weighted[0]["loss/consistency"] < 0.9 * plain[0]["loss/consistency"]
@@ -259,6 +267,9 @@ def test_unsupervised_terms_take_part(traces):
         ("unimatch", "loss/strong_2"),
         ("unimatch_v2", "loss/strong_2"),
         ("corrmatch", "loss/strong"),
+        ("corrmatch-second", "loss/strong"),
+        ("corrmatch-rank-pareto", "loss/strong"),
+        ("derprop-rank-pareto", "loss/strong"),
         ("fixmatch-pareto", "loss/consistency"),
         ("fixmatch-compiled", "loss/consistency"),
         ("derprop", "loss/strong"),
@@ -274,7 +285,7 @@ def test_unsupervised_terms_take_part(traces):
 
 def test_pareto_weights_come_from_global_gradients(traces):
     """In each step one rank's weights equal two ranks', whose own are the same bits; uniform ones they are not."""
-    for case in ("fixmatch-pareto", "derprop-pareto"):
+    for case in ("fixmatch-pareto", "derprop-pareto", "corrmatch-rank-pareto"):
         one, first, second = (trace["measured"] for trace in traces[case])
         assert list(one) == [1, 2, 3]
         assert first == second
@@ -316,7 +327,7 @@ def test_measuring_changes_not_a_bit_under_data_parallel_training(traces):
 
 
 def test_replicas_stay_one_under_the_pareto_rule(traces):
-    for case in ("fixmatch-pareto", "fixmatch-lagged", "derprop-pareto"):
+    for case in ("fixmatch-pareto", "fixmatch-lagged", "derprop-pareto", "corrmatch-rank-pareto"):
         one, first, second = traces[case]
         for name, value in first["weights"].items():
             assert torch.equal(value, second["weights"][name]), name

@@ -251,3 +251,13 @@ def test_what_is_not_finite_stays_so(bad, side, meo):
     pair = vectors((1.0, 2.0), (-1.0, 3.0))
     pair[side, 1] = bad
     assert not all(math.isfinite(value) for value in step(pair, meo=meo))
+
+
+def test_products_of_shards_add_up():
+    """pareto.md section 4: three shards of one coordinate each, in the order (ss, uu, su)."""
+    both_2P = torch.tensor([[1.0, 2.0, 2.0], [-1.0, 0.0, 1.0]])
+    parts = [inner_products(part_2P) for part_2P in both_2P.split(1, dim=1)]
+    assert [part.tolist() for part in parts] == [[1, 1, -1], [4, 0, 0], [4, 1, 2]]
+    assert torch.stack(parts).sum(dim=0).tolist() == [9, 2, 1]
+    padded_2P = torch.cat((both_2P, torch.zeros(2, 2)), dim=1)
+    assert inner_products(padded_2P).tolist() == [9, 2, 1]
