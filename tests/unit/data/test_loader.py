@@ -278,10 +278,10 @@ def test_labeled_images_come_with_others_when_asked(pools):
     there_N = (label_NHW != 255).flatten(1).any(dim=1)
     assert there_N.float().mean().item() == pytest.approx(0.5, abs=0.15)
     assert not image_N3HW[~there_N].any()
-    # right and below an image that was made smaller there is padding, whose label is 255 too
+    # a third of the pixels of these masks is not annotated; beside an image that was made smaller nothing is
     shown_N = (label_NHW[there_N] != 255).flatten(1).float().mean(dim=1)
-    assert (shown_N < 0.5).float().mean() > 0.1
-    assert (shown_N == 1.0).float().mean() > 0.3
+    assert (shown_N < 0.4).float().mean() > 0.1
+    assert (shown_N > 0.55).float().mean() > 0.3
     assert all((label != 255).any() for batch in made(1.0, 0, 5) for label in batch.given_label_LHW)
     for one, *parts in zip(made(0.5, 5, 9), *(made(0.5, 5, 9, rank, 2) for rank in (0, 1)), strict=True):
         assert torch.equal(one.given_L3HW, torch.cat([part.given_L3HW for part in parts]))

@@ -101,7 +101,7 @@ def test_the_worked_loss():
     assert mean(consistency(*case, threshold=0.7)) == pytest.approx(0.81 / 1.17, rel=1e-5)
     assert mean(consistency(*case, threshold=0.7, normaliser="valid")) == pytest.approx(1.0, rel=1e-5)
     assert mean(consistency(*case, threshold=0.5, confidence_power=0)) == pytest.approx(1.5, rel=1e-5)
-    every = consistency(*case, threshold=0.0, confidence_power=0, sampling_power=0)
+    every = consistency(*case[:2], (True, True, True), threshold=0.0, confidence_power=0, sampling_power=0)
     assert mean(every) == pytest.approx(8 / 3, rel=1e-5)  # plain mean cross-entropy
 
 
