@@ -35,7 +35,7 @@ def test_it_prints_its_numbers_for_a_program():
     assert got["step_s"] > 0 < got["floor_s"]
     assert [one["part"] for one in got["passes"]] == ["encoder", "decoder"] * 2
     if not torch.cuda.is_available():
-        trainer = StepBench(StepSettings("fixmatch", "test_efficientnet", 65, 2)).trainer
+        trainer = StepBench(StepSettings("fixmatch", "test_efficientnet", 65, 2).config()).trainer
         # weights, gradients, two moments, the averaged copy
         least = 5 * sum(p.numel() * p.element_size() for p in trainer.student.parameters())
         assert got["peak_bytes"] > least
@@ -75,7 +75,7 @@ def test_goals_are_of_methods_of_the_issue():
 
 
 def test_a_measured_step_is_a_real_one_and_stays_the_same_step():
-    bench = StepBench(StepSettings("derprop", "test_efficientnet", 49, 2, overrides=SMALL))
+    bench = StepBench(StepSettings("derprop", "test_efficientnet", 49, 2, overrides=SMALL).config())
     before = {name: value.clone() for name, value in bench.trainer.student.state_dict().items()}
     for number in range(2):
         bench.step(number)
