@@ -176,7 +176,7 @@ def _takes(config: type[Config], settings: Mapping[str, Any]) -> bool:
 def _accepted(method: str, section: str) -> list[str]:
     """Names of a section that a run of the method may have: those that the config does not refuse."""
     accepted = []
-    for value in _values(RunConfig.model_fields[section].annotation):
+    for value in values(section):
         try:
             load(None, ["run=run", "data.pools=pools", f"method={method}", f"{section}={value}"])
             accepted.append(value)
@@ -185,11 +185,16 @@ def _accepted(method: str, section: str) -> list[str]:
     return accepted
 
 
-def _values(annotation: Any) -> list[str]:
+def values(section: str) -> list[str]:
+    """Words that a section of the config may be set to: `weighting` or `gradients`."""
+    return _names_in(RunConfig.model_fields[section].annotation)
+
+
+def _names_in(annotation: Any) -> list[str]:
     """Values of the key `name` in a config class, or in each of a union of them."""
     if isinstance(annotation, type) and issubclass(annotation, Config):
         return [str(value) for value in get_args(annotation.model_fields["name"].annotation)]
-    return [value for part in get_args(annotation) for value in _values(part)]
+    return [value for part in get_args(annotation) for value in _names_in(part)]
 
 
 def _documentation(kind: type[Method]) -> str:

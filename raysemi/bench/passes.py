@@ -150,7 +150,7 @@ class Floor:
         made = functools.partial(_mapped, of=lambda like: like.make(trainer.device), kind=Like)
         self._work = [(one, made(one.inputs)) for one in passes]
         self._num_backwards = max((one.num_backwards for one in passes), default=0)
-        self._gradients: list[Tensor] = []
+        self._gradients: dict[int, Tensor] = {}
         self._finite = torch.ones((), dtype=torch.bool, device=trainer.device)
 
     def __call__(self) -> None:
@@ -167,9 +167,13 @@ class Floor:
                     network.train(one.training)
                 with torch.set_grad_enabled(one.num_backwards > 0):
                     outputs += one.run(network, inputs)
-        # made once, in the outputs' layout: mean() itself would send back a gradient without one, which slows kernels
-        self._gradients = self._gradients or [torch.full_like(output, 1.0 / output.numel()) for output in outputs]
         counts = [count for one, _ in self._work for count in one.backwards]
+        # made once, in the outputs' layout: mean() itself would send back a gradient without one, which slows kernels
+        self._gradients = self._gradients or {
+            place: torch.full_like(output, 1.0 / output.numel())
+            for place, (output, count) in enumerate(zip(outputs, counts, strict=True))
+            if count > 0
+        }
         for number in range(self._num_backwards):
             taken = [place for place, count in enumerate(counts) if count > number]
             torch.autograd.backward(

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
-import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from raysemi import config_io
+from raysemi.bench import memory
 from raysemi.bench.passes import Floor, Pass, record
 from raysemi.config import RunConfig
 from raysemi.data.loader import Stream
@@ -33,6 +32,7 @@ from raysemi.engine import distributed
 from raysemi.engine.trainer import Trainer
 from raysemi.launch.restore import build
 from raysemi.methods.base import Method, SingleRank
+from raysemi.models.encoders import DINOV2
 
 GOALS = {
     **dict.fromkeys(("supervised", "fixmatch", "mean_teacher", "unimatch", "unimatch_v2"), 1.10),
@@ -61,6 +61,10 @@ class StepSettings:
     """Side of the images, pixels."""
     batch: int
     """Labeled images of a step, and as many unlabeled ones."""
+    weighting: str = "none"
+    """`weighting.name`."""
+    gradients: str = "uniform"
+    """`gradients.name`."""
     precision: str = "auto"
     """`train.precision`."""
     compile: bool = False
@@ -78,7 +82,9 @@ class StepSettings:
         """
         own = [
             "run=bench", "ray=none", "data.pools=bench", "data.loader_processes=0",
-            f"method={self.method}", f"data.crop={self.crop}", f"model.encoder={self.encoder}", "model.weights=random",
+            f"method={self.method}", f"weighting={self.weighting}", f"gradients={self.gradients}",
+            f"data.crop={self.crop}", f"model.encoder={self.encoder}", "model.weights=random",
+            *(["model.name=dpt"] if self.encoder.partition(".")[0] in DINOV2 else []),
             f"train.steps={_STEPS}", f"train.period={_PERIOD}",
             f"train.batch.labeled={self.batch}", f"train.batch.unlabeled={self.batch}",
             f"train.precision={self.precision}", f"train.compile={str(self.compile).lower()}",
@@ -91,6 +97,8 @@ class StepResult:
     """What was measured; times in seconds."""
 
     method: str
+    weighting: str
+    gradients: str
     backbone: str
     crop: int
     batch: int
@@ -115,7 +123,7 @@ class StepResult:
     """Most memory of a process that only takes steps: what CUDA's allocator held, or, on other devices, by how much the
     resident memory grew above that of the imported libraries. Weights, gradients, moments and the batch are in it."""
     peak_floor_bytes: int
-    """The same of a process that only takes floor steps."""
+    """The same of a process that only takes floor steps, with as many backward passes as the gradient rule makes."""
     passes: list[dict[str, Any]]
     """Of the floor, in their order."""
 
@@ -159,7 +167,7 @@ def measure_step(
     Raises:
         ConfigError: settings that make no run.
     """
-    bench = StepBench(settings)
+    bench = StepBench(settings.config(), settings.threads)
     passes = record(bench.trainer, lambda: bench.step(0))
     floor = Floor(bench.trainer, passes)
     for number in range(_WARM_UP):
@@ -179,6 +187,8 @@ def measure_step(
     quartiles = statistics.quantiles(ratios, n=4, method="inclusive") if pairs > 1 else ratios * 3
     return StepResult(
         method=settings.method,
+        weighting=settings.weighting,
+        gradients=settings.gradients,
         backbone=settings.encoder,
         crop=settings.crop,
         batch=settings.batch,
@@ -209,20 +219,24 @@ class Seconds(NamedTuple):
 
 
 class StepBench:
-    """A trainer on this machine's device in the middle of a run, and its batches."""
+    """A trainer on this machine's device in the middle of a run, and its batches.
 
-    def __init__(self, settings: StepSettings) -> None:
-        if settings.threads is not None:
-            torch.set_num_threads(settings.threads)
-        config = settings.config()
+    Args:
+        config: a run of `_STEPS` steps; its pools are not opened.
+        threads: of torch; None: as they are.
+    """
+
+    def __init__(self, config: RunConfig, threads: int | None = None) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
         self.device = distributed.local_device()
         student, method = build(config, CLASSES)
         self.trainer = Trainer(
             student, method, config.train, config.optim,
-            across=SingleRank(), device=self.device, period=_PERIOD, seed=config.seed,
+            across=SingleRank(), device=self.device, period=_PERIOD, seed=config.seed, gradients=config.gradients,
         )  # fmt: skip
         self.trainer.step = _STEP
-        self.hosts = _drawn_batches(config, method, self.device.type == "cuda")
+        self.hosts = _drawn_batches(config, method, pinned=self.device.type == "cuda")
 
     @property
     def device_name(self) -> str:
@@ -249,7 +263,7 @@ class StepBench:
         return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
 
 
-def _drawn_batches(config: RunConfig, method: Method, pinned: bool) -> list[HostBatch]:
+def _drawn_batches(config: RunConfig, method: Method, *, pinned: bool) -> list[HostBatch]:
     """Batches of drawn scenes as large as the crop, through the real stream."""
     batch = config.train.batch
     num = 2 * max(batch.labeled, batch.unlabeled)
@@ -276,8 +290,8 @@ def peak_bytes(settings: StepSettings, passes: list[Pass] | None) -> int:
         settings: what is measured.
         passes: of the floor; None: whole steps.
     """
-    before = _resident_bytes()
-    bench = StepBench(settings)
+    before = memory.resident_bytes()
+    bench = StepBench(settings.config(), settings.threads)
     floor = None if passes is None else Floor(bench.trainer, passes)
     for number in range(_WARM_UP + 1):
         if floor is None:
@@ -285,17 +299,18 @@ def peak_bytes(settings: StepSettings, passes: list[Pass] | None) -> int:
         else:
             floor()
     bench.wait()
-    if bench.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(bench.device)
-    return _resident_bytes() - before
+    return memory.peak_bytes(bench.device) - (0 if bench.device.type == "cuda" else before)
 
 
-def _resident_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # not getrusage: on Linux its maximum outlives exec, so a spawned process would begin with its parent's
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def passes_of_a_step(config: RunConfig) -> list[Pass]:
+    """The passes that a run makes in a step from its middle, on small images and networks with random weights.
+
+    Args:
+        config: the run; neither its pools nor its folder are read.
+    """
+    small = [
+        "data.crop=70", "data.loader_processes=0", "model.weights=random", "train.compile=false",
+        f"train.steps={_STEPS}", f"train.period={_PERIOD}", "train.stop_at=null",
+    ]  # fmt: skip
+    bench = StepBench(config_io.change(config, small))
+    return record(bench.trainer, lambda: bench.step(0))

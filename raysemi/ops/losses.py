@@ -1,6 +1,7 @@
 """Per-pixel losses as sums with their normalisers, so that N ranks give exactly what one rank gives.
 
-All losses run in fp32, or in fp64 where the logits are fp64. Axes: B images, K classes, H x W pixels.
+All losses run in fp32, or in fp64 where the logits are fp64. None keeps a map of K classes besides the logits: what the
+backward pass needs is made again there, the same to the bit. Axes: B images, K classes, H x W pixels.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from raysemi.base import Config, choices, search
 from raysemi.errors import ConfigError
@@ -112,9 +114,12 @@ def soft_cross_entropy(logits_BKHW: Tensor, target_BKHW: Tensor, kept_BHW: Tenso
         target_BKHW: probabilities over K, taken without gradient.
         kept_BHW: bool, or a real factor of each pixel.
     """
-    logits_BKHW = _at_least_fp32(logits_BKHW)
-    target_BKHW = target_BKHW.detach().to(logits_BKHW.dtype)
-    loss_BHW = F.cross_entropy(logits_BKHW, target_BKHW, reduction="none")
+
+    def loss(logits_BKHW: Tensor, target_BKHW: Tensor) -> Tensor:
+        logits_BKHW = _at_least_fp32(logits_BKHW)
+        return F.cross_entropy(logits_BKHW, target_BKHW.to(logits_BKHW.dtype), reduction="none")
+
+    loss_BHW = _remade(loss, logits_BKHW, target_BKHW.detach())
     return (loss_BHW * kept_BHW.to(loss_BHW.dtype)).sum()
 
 
@@ -126,9 +131,12 @@ def kl_divergence(logits_BKHW: Tensor, target_BKHW: Tensor, kept_BHW: Tensor) ->
         target_BKHW: probabilities over K, taken without gradient.
         kept_BHW: bool, or a real factor of each pixel.
     """
-    log_probability_BKHW = _at_least_fp32(logits_BKHW).log_softmax(dim=1)
-    target_BKHW = target_BKHW.detach().to(log_probability_BKHW.dtype)
-    loss_BHW = F.kl_div(log_probability_BKHW, target_BKHW, reduction="none").sum(dim=1)
+
+    def loss(logits_BKHW: Tensor, target_BKHW: Tensor) -> Tensor:
+        log_probability_BKHW = _at_least_fp32(logits_BKHW).log_softmax(dim=1)
+        return F.kl_div(log_probability_BKHW, target_BKHW.to(log_probability_BKHW.dtype), reduction="none").sum(dim=1)
+
+    loss_BHW = _remade(loss, logits_BKHW, target_BKHW.detach())
     return (loss_BHW * kept_BHW.to(loss_BHW.dtype)).sum()
 
 
@@ -267,8 +275,17 @@ def _count(chosen_BHW: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _cross_entropy_map(logits_BKHW: Tensor, labels_BHW: Tensor, ignore_index: int) -> Tensor:
-    labels_BHW = labels_BHW.long()
-    return F.cross_entropy(_at_least_fp32(logits_BKHW), labels_BHW, ignore_index=ignore_index, reduction="none")
+    def loss(logits_BKHW: Tensor, labels_BHW: Tensor) -> Tensor:
+        labels_BHW = labels_BHW.long()
+        return F.cross_entropy(_at_least_fp32(logits_BKHW), labels_BHW, ignore_index=ignore_index, reduction="none")
+
+    return _remade(loss, logits_BKHW, labels_BHW)
+
+
+def _remade(loss: Callable[[Tensor, Tensor], Tensor], logits_BKHW: Tensor, target: Tensor) -> Tensor:
+    """A loss per pixel that keeps only what it is given: a method has many, each would keep K numbers a pixel."""
+    remade: Tensor = checkpoint(loss, logits_BKHW, target, use_reentrant=False, preserve_rng_state=False)
+    return remade
 
 
 def true_probability(logits_BKHW: Tensor, labels_BHW: Tensor) -> Tensor:

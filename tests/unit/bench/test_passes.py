@@ -16,7 +16,7 @@ SMALL = ("model.channels=16", "model.low_channels=8")
 
 
 def bench(method, *overrides, crop=49):
-    return StepBench(StepSettings(method, "test_efficientnet", crop, L, overrides=(*SMALL, *overrides)))
+    return StepBench(StepSettings(method, "test_efficientnet", crop, L, overrides=(*SMALL, *overrides)).config())
 
 
 def counted(one):

@@ -8,8 +8,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from raysemi.bench.passes import record
 from raysemi.bench.step import GOALS, StepBench, StepSettings, measure_step
+from raysemi.bench.step_table import as_markdown, measure_all, settings_of_all
 from raysemi.cli import MISTAKE, app
+from raysemi.errors import ConfigError
+from raysemi.methods import METHODS
 
 FIELDS = {
     "method", "backbone", "crop", "batch", "threads", "step_s", "floor_s", "ratio", "peak_bytes", "peak_floor_bytes",
@@ -35,7 +39,7 @@ def test_it_prints_its_numbers_for_a_program():
     assert got["step_s"] > 0 < got["floor_s"]
     assert [one["part"] for one in got["passes"]] == ["encoder", "decoder"] * 2
     if not torch.cuda.is_available():
-        trainer = StepBench(StepSettings("fixmatch", "test_efficientnet", 65, 2)).trainer
+        trainer = StepBench(StepSettings("fixmatch", "test_efficientnet", 65, 2).config()).trainer
         # weights, gradients, two moments, the averaged copy
         least = 5 * sum(p.numel() * p.element_size() for p in trainer.student.parameters())
         assert got["peak_bytes"] > least
@@ -75,7 +79,7 @@ def test_goals_are_of_methods_of_the_issue():
 
 
 def test_a_measured_step_is_a_real_one_and_stays_the_same_step():
-    bench = StepBench(StepSettings("derprop", "test_efficientnet", 49, 2, overrides=SMALL))
+    bench = StepBench(StepSettings("derprop", "test_efficientnet", 49, 2, overrides=SMALL).config())
     before = {name: value.clone() for name, value in bench.trainer.student.state_dict().items()}
     for number in range(2):
         bench.step(number)
@@ -90,3 +94,51 @@ def test_one_pair_is_enough_for_a_number(monkeypatch):
     monkeypatch.setattr("raysemi.bench.step._in_a_fresh_process", lambda settings, passes: 0)
     result = measure_step(StepSettings("supervised", "test_efficientnet", 33, 2, overrides=SMALL), pairs=1)
     assert result.ratio == pytest.approx(result.step_s / result.floor_s)
+
+
+def test_pareto_counts_its_second_backward_pass_in_the_floor():
+    settings = StepSettings("fixmatch", "test_efficientnet", 49, 2, gradients="pareto", overrides=SMALL)
+    made = StepBench(settings.config())
+    backwards = {one.network: one.num_backwards for one in record(made.trainer, lambda: made.step(0))}
+    assert backwards == {"teacher": 0, "student": 2}
+
+
+def test_the_views_are_those_of_the_method():
+    """AugSeg's strong views are of random intensity; the parameters of a jitter are others."""
+    hosts = {
+        name: StepBench(StepSettings(name, "test_efficientnet", 33, 2, overrides=SMALL).config()).hosts[0]
+        for name in ("fixmatch", "augseg")
+    }
+    assert (hosts["augseg"].strong, hosts["fixmatch"].strong) == ("intensity", "jitter")
+
+
+def test_a_table_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr("raysemi.bench.step._in_a_fresh_process", lambda settings, passes: 3e6 if passes else 5e6)
+    rest = {"encoder": "test_efficientnet", "crop": 33, "overrides": SMALL}
+    every = settings_of_all(weighting="rank", gradients="pareto", **rest)
+    assert [one.method for one in every] == [name for name in METHODS if name != "supervised"]
+    assert {(one.weighting, one.gradients, one.crop, one.batch) for one in every} == {("rank", "pareto", 33, 2)}
+    first = measure_all(every[:1], tmp_path, pairs=1)
+    (file,) = tmp_path.iterdir()
+    written = file.stat().st_mtime_ns
+    both = measure_all(every[:2], tmp_path, pairs=1)
+    assert file.stat().st_mtime_ns == written
+    assert both[0].step_s == first[0].step_s
+    line = next(line for line in as_markdown(both).splitlines() if line.startswith(f"| {every[1].method} |"))
+    assert line.endswith("| 5 | 3 | 2 |")
+    with pytest.raises(ConfigError, match="--out must be a folder of these settings"):
+        measure_all(every[:1], tmp_path, pairs=2)
+
+
+def test_sizes_of_the_goals():
+    size = {
+        one.method: (one.encoder, one.crop, one.batch) for one in settings_of_all(weighting="none", gradients="uniform")
+    }
+    assert size.pop("unimatch_v2") == ("vit_small_patch14_dinov2.lvd142m", 322, 2)
+    assert set(size.values()) == {("resnet50", 321, 2)}
+
+
+def test_without_all_every_size_is_needed():
+    result = CliRunner().invoke(app, ["bench", "step", "--method", "fixmatch"], catch_exceptions=False)
+    assert result.exit_code == MISTAKE
+    assert "--method, --backbone, --crop and --batch must be given" in result.output
