@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from raysemi.config import RunConfig
 from raysemi.config_faults import did_you_mean, texts
+from raysemi.engine.detect import DetectConfig
 from raysemi.errors import ConfigError
+
+Tree = TypeVar("Tree", bound=BaseModel)
 
 _NAMED = ("method", "weighting", "gradients")
 """Sections whose short form, a word, stands for their `name`."""
@@ -30,9 +33,18 @@ def load(recipe: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: with every fault that was found.
     """
-    tree = {} if recipe is None else _mapping(_recipe_text(str(recipe)), str(recipe))
+    return _load(RunConfig, recipe, overrides)
+
+
+def load_detector(recipe: str | Path | None, overrides: Sequence[str] = ()) -> DetectConfig:
+    """`load` for the recipe of a detector."""
+    return _load(DetectConfig, recipe, overrides)
+
+
+def _load(kind: type[Tree], recipe: str | Path | None, overrides: Sequence[str]) -> Tree:
+    tree = {} if recipe is None else _mapping(_recipe_text(str(recipe), kind), str(recipe))
     faults = [fault for text in overrides for fault in _override(tree, text)]
-    return _validate(tree, faults)
+    return _validate(tree, faults, kind)
 
 
 def change(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
@@ -42,7 +54,7 @@ def change(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
         ConfigError: with every fault that was found.
     """
     tree = _mapping(dump(config), "config")
-    return _validate(tree, [fault for text in overrides for fault in _override(tree, text)])
+    return _validate(tree, [fault for text in overrides for fault in _override(tree, text)], RunConfig)
 
 
 def parse(text: str, source: str = "config.yaml") -> RunConfig:
@@ -52,15 +64,20 @@ def parse(text: str, source: str = "config.yaml") -> RunConfig:
         text: YAML.
         source: where it comes from, for error texts.
     """
-    return _validate(_mapping(text, source), [])
+    return _validate(_mapping(text, source), [], RunConfig)
 
 
-def dump(config: RunConfig) -> str:
+def parse_detector(text: str, source: str = "config.yaml") -> DetectConfig:
+    """`parse` for the config of a detector."""
+    return _validate(_mapping(text, source), [], DetectConfig)
+
+
+def dump(config: RunConfig | DetectConfig) -> str:
     """The resolved config as YAML, in the order of the classes' fields."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-def difference(a: RunConfig, b: RunConfig) -> list[str]:
+def difference(a: Tree, b: Tree) -> list[str]:
     """Dotted paths of the settings that differ, or that only one of the two has, sorted."""
     left, right = dict(_leaves(a.model_dump(mode="json"))), dict(_leaves(b.model_dump(mode="json")))
     paths = {path for path in left.keys() | right.keys() if left.get(path, _ABSENT) != right.get(path, _ABSENT)}
@@ -71,6 +88,11 @@ def difference(a: RunConfig, b: RunConfig) -> list[str]:
 def recipes() -> list[str]:
     """Names of the recipes that come with raysemi, sorted."""
     return sorted(file.stem for file in _RECIPES.glob("*.yaml"))
+
+
+def detector_recipes() -> list[str]:
+    """Names of the recipes of detectors, sorted."""
+    return sorted(file.stem for file in (_RECIPES / "detectors").glob("*.yaml"))
 
 
 _ABSENT = object()
@@ -124,16 +146,16 @@ def _yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
 
 
-def _recipe_text(recipe: str) -> str:
+def _recipe_text(recipe: str, kind: type[BaseModel]) -> str:
     path = Path(recipe).expanduser()
     if path.is_file():
         try:
             return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"recipe must be a readable YAML file; got {recipe}: {error}. Check the file.") from error
-    names = recipes()
+    names, folder = (recipes(), _RECIPES) if kind is RunConfig else (detector_recipes(), _RECIPES / "detectors")
     if recipe in names:
-        return (_RECIPES / f"{recipe}.yaml").read_text(encoding="utf-8")
+        return (folder / f"{recipe}.yaml").read_text(encoding="utf-8")
     raise ConfigError(
         f"recipe must be a YAML file or one of {', '.join(names)}; got {recipe}. "
         f"{did_you_mean(recipe, names) or 'Check the path.'}"
@@ -198,12 +220,12 @@ def _override(tree: dict[str, Any], text: str) -> Iterator[str]:
     section[keys[-1]] = value
 
 
-def _validate(tree: dict[str, Any], faults: list[str]) -> RunConfig:
+def _validate(tree: dict[str, Any], faults: list[str], kind: type[Tree]) -> Tree:
     faults = [*faults, *_expand_pools(tree)]
     try:
-        config = RunConfig.model_validate(tree)
+        config = kind.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError([*faults, *texts(error, tree)]) from error
+        raise ConfigError([*faults, *texts(error, tree, kind)]) from error
     if faults:
         raise ConfigError(faults)
     return config

@@ -1,7 +1,7 @@
 """The stream of a run: labeled and unlabeled samples of each step, decoded, cropped and stacked for one rank.
 
 A batch is a pure function of (pools, seed, step, global batch, rank, world): loader processes change the speed, no bit.
-Axes: L labeled, U unlabeled images of this rank, V strong views, S side of the crop.
+Axes: L labeled, U unlabeled images of this rank, V strong views, N boxes of an image, S side of the crop.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pydantic import Field
 from torch.utils.data import DataLoader, Dataset
 
 from raysemi.base import Config, choices
+from raysemi.data.boxes import PoolBoxes
 from raysemi.data.order import Order
 from raysemi.data.pool import Pool
 from raysemi.data.reader import Reader, Sample, Skipped
@@ -86,6 +87,7 @@ class Stream:
         cores: cores of this rank, for `loader_processes: none`.
         pinned: hand out page-locked tensors, which a CUDA device copies without holding the host up.
         strong: family of the strong views, unless `config.views.strong` names one.
+        boxes: of a detector, in the unlabeled pool; handed out with each image.
 
     Raises:
         ConfigError: a batch that the ranks cannot share, or no labeled pool.
@@ -110,6 +112,7 @@ class Stream:
         cores: int = 1,
         pinned: bool = False,
         strong: StrongViews = "jitter",
+        boxes: PoolBoxes | None = None,
     ) -> None:
         self.config = config
         self.start, self.stop = start, stop
@@ -138,6 +141,7 @@ class Stream:
         shared = dict(zip(used, self._pools, strict=True))
         family = config.views.strong or strong
         self._steps = _Steps(config, shared, seed, batches, rank, world, strong_views, second_view, with_truth, family)
+        self._steps.boxes = boxes
 
     def __len__(self) -> int:
         return max(self.stop - self.start, 0)
@@ -221,6 +225,7 @@ class _Steps(Dataset[Any]):
         strong: StrongViews,
     ) -> None:
         self.config, self.seed, self.strong = config, seed, strong
+        self.boxes: PoolBoxes | None = None
         self.strong_views, self.second_view, self.with_truth = strong_views, second_view, with_truth
         self.readers = {name: Reader(pool, config.on_corrupt) for name, pool in pools.items()}
         self.orders = {name: Order(pool.shard_rows, pool.digest, seed, batches[name]) for name, pool in pools.items()}
@@ -249,12 +254,15 @@ class _Steps(Dataset[Any]):
         boxes_VU4 = np.zeros((views, num, 4), dtype=np.int64)
         photometric_VUP = np.zeros((views, num, len(family.PARAMETERS)), dtype=np.float32)
         second_UP = np.zeros((num, len(family.PARAMETERS)), dtype=np.float32)
+        found_UN5: list[NDArray[np.float32]] = []
         for u, (sample, number) in enumerate(self._samples("unlabeled", step, self.with_truth, skipped)):
             draws = (self.seed, number, sample.key)
             geometry = self._geometry(sample, number, "geometry")
             weak_U3HW.append(weak_view(sample.image, geometry))
             valid_UHW.append(valid_view(geometry))
             keys_U.append(sample.key)
+            if self.boxes is not None:
+                found_UN5.append(self.boxes.view(sample.row, geometry))
             for v in range(views):
                 photometric_VUP[v, u] = family.draw(generator(*draws, f"photometric {v}"), self.config.views)
                 if not self.with_truth:
@@ -285,6 +293,7 @@ class _Steps(Dataset[Any]):
             second_photometric_UP=torch.from_numpy(second_UP) if self.second_view else None,
             truth_UHW=_stack(truth_UHW, plane, np.uint8) if self.with_truth else None,
             strong=self.strong,
+            found_UN5=_stack(found_UN5, (self.boxes.most, 5), np.float32) if self.boxes is not None else None,
         )
 
     def _slots(self, name: str) -> torch.Tensor:

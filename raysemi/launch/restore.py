@@ -8,13 +8,14 @@ from typing import Literal
 
 from raysemi import config_io
 from raysemi.config import RunConfig, uses_unlabeled
+from raysemi.data.boxes import PoolBoxes, open_boxes
 from raysemi.data.pool import Pool
 from raysemi.engine import checkpoint
 from raysemi.engine.folder import RunFolder
 from raysemi.errors import CheckpointError, ConfigError, DataError
 from raysemi.methods import METHODS
 from raysemi.methods.base import Method
-from raysemi.methods.weighting import build_weighting
+from raysemi.methods.weighting import NoWeightingConfig, RankWeightingConfig, build_weighting
 from raysemi.models.segmentor import ModelConfig, Segmentor, build_segmentor
 
 
@@ -44,6 +45,8 @@ class Pools:
     val: Pool
     unlabeled: Pool | None
     """None when the method uses no unlabeled images."""
+    boxes: PoolBoxes | None = None
+    """Of `weighting.detector`, in the unlabeled pool; None without one."""
 
 
 def open_pools(config: RunConfig) -> Pools:
@@ -84,7 +87,16 @@ def open_pools(config: RunConfig) -> Pools:
         faults += error.faults
     if faults:
         raise ConfigError(faults)
-    return Pools(pools["labeled"], pools["val"], unlabeled)
+    return Pools(pools["labeled"], pools["val"], unlabeled, _boxes(config.weighting, unlabeled))
+
+
+def _boxes(weighting: NoWeightingConfig | RankWeightingConfig, unlabeled: Pool | None) -> PoolBoxes | None:
+    if weighting.name == "none" or weighting.detector is None or unlabeled is None:
+        return None
+    try:
+        return open_boxes(unlabeled, weighting.detector, weighting.score)
+    except DataError as error:
+        raise DataError(f"weighting.detector: {error}") from error
 
 
 MAY_CHANGE = (
