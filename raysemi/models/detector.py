@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from raysemi.base import Config
+from raysemi.base import Config, choices
 from raysemi.errors import ConfigError
 from raysemi.models.encoders import LITE0, TimmEncoder, build_encoder
 from raysemi.models.weights import load_encoder
@@ -44,6 +44,10 @@ class DetectorConfig(Config):
     the sizes of the things."""
     regions: int = Field(512, ge=8)
     """Regions of an image that the heads learn from in a step; twice as many are proposed."""
+
+    overlap: float = Field(0.5, gt=0.0, lt=1.0, json_schema_extra=choices([0.5, 0.6, 0.7]))
+    """Overlap (intersection over union) with a true box from which on a region is taught to be that thing. A larger one
+    makes the score say how well the box fits, too."""
 
     @field_validator("anchors")
     @classmethod
@@ -145,6 +149,8 @@ class Detector(nn.Module):
             rpn_post_nms_top_n_train=2 * config.regions,
             rpn_pre_nms_top_n_test=2 * config.regions,
             rpn_post_nms_top_n_test=2 * config.regions,
+            box_fg_iou_thresh=config.overlap,
+            box_bg_iou_thresh=config.overlap,
             box_batch_size_per_image=config.regions,
             box_score_thresh=score,
             box_detections_per_img=most,
