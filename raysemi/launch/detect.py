@@ -320,5 +320,5 @@ def count(
                 probabilities_BKHW = predict_probabilities(network.network, images_B3HW, network.config.eval)
             confidence_HW, predicted_HW = probabilities_BKHW[0].cpu().max(dim=0)
             boxes_N5 = torch.cat((boxes_N4, label_N[:, None].float()), dim=1)
-            counts.add_pixels(predicted_HW, confidence_HW >= confidence, torch.from_numpy(mask_HW), boxes_N5)
+            counts.add_pixels(predicted_HW, confidence_HW >= confidence, torch.tensor(mask_HW), boxes_N5)
     return {"accepted": accepted, **counts.result(pool.classes, things)}

@@ -99,7 +99,7 @@ def test_boxes_are_written_beside_the_pool_and_checked(trained: tuple[Path, dict
     assert {name: trained[1][name] for name in searched} == searched
     fewer = api.find_boxes(trained[0], pools / "val", name="few", score=0.9)
     assert fewer[1] <= count
-    with pytest.raises(ConfigError, match="--score must be at least boxes.score of the detector, 0.0; got -1"):
+    with pytest.raises(ConfigError, match=r"--score must be at least boxes\.score of the detector, 0\.0; got -1"):
         api.find_boxes(trained[0], pools / "val", score=-1)
 
 
@@ -143,7 +143,8 @@ def test_pixels_are_counted_inside_and_outside_agreeing_boxes() -> None:
 
 def test_a_run_reads_the_boxes_and_remembers_what_they_confirm(pools: Path, tmp_path: Path) -> None:
     settings = [
-        "train.steps=2", "method.threshold=0.145", "weighting=rank", "weighting.confidence=0.145", "weighting.detector=masks",
+        "train.steps=2", "method.threshold=0.145", "weighting=rank", "weighting.confidence=0.145",
+        "weighting.detector=masks",
     ]  # fmt: skip
     with pytest.raises(DataError, match=r"weighting.detector: .*boxes-masks.parquet must exist; got no such file"):
         run(tiny_run(pools, tmp_path / "a", "fixmatch", *settings, "weighting.score=0.9"))

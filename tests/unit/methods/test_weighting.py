@@ -273,7 +273,7 @@ def test_a_box_of_its_class_confirms_a_confident_pixel():
 
 
 def test_a_stream_without_boxes_is_refused():
-    with pytest.raises(ConfigError, match="weighting.detector must be null for a stream without boxes; got things"):
+    with pytest.raises(ConfigError, match=r"weighting\.detector must be null for a stream without boxes; got things"):
         rank(detector="things").reliable(torch.zeros(2, 33, 41).long(), torch.ones(2, 33, 41), semi_batch(CLASSES))
 
 
@@ -290,12 +290,12 @@ def test_a_detector_turns_unlabeled_pixels_on():
 
 
 @pytest.mark.parametrize("name", WEIGHTED)
-def test_boxes_change_what_is_remembered_and_no_weight_of_the_step_before(name):
-    """The losses of a first step whose prototypes lie fixed are the same with boxes and without; the memories differ."""
+def test_boxes_change_what_is_remembered_and_not_what_is_taught(name):
+    """All losses are the same with boxes and without; the memories differ."""
     kind = METHODS[name][1]
     first = []
     for boxes in (True, False):
-        batch = with_boxes(semi_batch(CLASSES, views=kind.strong_views))
+        batch = semi_batch(CLASSES, views=kind.strong_views)
         if boxes:
             everywhere = torch.tensor([[0.0, 0.0, 41.0, 33.0, float(k)] for k in range(CLASSES)])
             batch = replace(batch, found_UN5=everywhere.expand(2, CLASSES, 5))
