@@ -22,6 +22,7 @@ from raysemi.engine.folder import RunFolder
 from raysemi.engine.predict import predict_folder, predict_pool
 from raysemi.engine.trainer import resolve_precision
 from raysemi.errors import CheckpointError, ConfigError, DataError
+from raysemi.launch import detect as detection
 from raysemi.launch.restore import load_network, open_pool
 from raysemi.launch.train import launch
 from raysemi.models.segmentor import Segmentor
@@ -182,6 +183,81 @@ def predict(
         done = predict_folder(network, images, out, palette, config, **how)
     distributed.leave_at_exit()
     return done
+
+
+def train_detector(
+    recipe: str | Path, overrides: Sequence[str] = (), on_log: Callable[[int, dict[str, float]], None] | None = None
+) -> dict[str, Any]:
+    """Trains a detector of things on a labeled pool; a run folder that was begun is continued.
+
+    Args:
+        recipe: path of a YAML file, or the name of a detector's recipe that comes with raysemi (`scenes`).
+        overrides: `a.b=value` each.
+        on_log: called with (steps done, metrics by name) every `train.log_every` steps.
+
+    Returns:
+        `steps`, and, once finished with `data.val`, the fields of `check_boxes` on it.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: one line each.
+    """
+    return detection.train_detector(config_io.load_detector(recipe, overrides), on_log)
+
+
+def find_boxes(
+    detector: str | Path,
+    pool: str | Path,
+    *,
+    name: str | None = None,
+    score: float | None = None,
+    progress: Progress | None = None,
+) -> tuple[str, int]:
+    """Writes the boxes that a detector finds in a pool beside it, for `weighting.detector=NAME`.
+
+    The file appears when the last image is done; interrupted, nothing changes.
+
+    Args:
+        detector: run folder of a detector.
+        pool: of the detector's classes, labeled or not.
+        name: NAME of `boxes-NAME.parquet`; default: the last part of `detector`.
+        score: least score that is stored; default: `boxes.score` of the detector.
+        progress: told (images done, images in all).
+
+    Returns:
+        The file's path and the number of boxes.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: one line each.
+    """
+    return detection.run_detector(str(detector), str(pool), name, score, progress)
+
+
+def check_boxes(
+    source: str | Path,
+    pool: str | Path,
+    *,
+    run: str | Path | None = None,
+    score: float | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measures accepted boxes against the things in the masks of a pool.
+
+    Args:
+        source: run folder of a detector, or NAME of `boxes-NAME.parquet` beside the pool.
+        pool: every image has a mask.
+        run: a segmentation's run folder: its sure pixels are measured inside and outside agreeing boxes.
+        score: from which on a box is accepted; default: `boxes.accepted` of the detector.
+        progress: told (images done, images in all).
+
+    Returns:
+        `accepted, images, boxes_per_image, true_boxes, accepted_boxes, precision, recall`, with `run` also
+        `pixel_accuracy, pixel_accuracy_inside, pixel_accuracy_outside`, in percent; and `classes`, the same of each.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: one line each.
+    """
+    segmentation = str(run) if run is not None else None
+    return detection.check_boxes(str(source), str(pool), segmentation=segmentation, score=score, progress=progress)
 
 
 def _with_eval(config: RunConfig, overrides: Sequence[str]) -> RunConfig:

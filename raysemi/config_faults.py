@@ -14,22 +14,23 @@ from raysemi.config import RunConfig, broken_rules
 from raysemi.errors import ConfigError
 
 
-def texts(error: ValidationError, tree: dict[str, Any]) -> list[str]:
+def texts(error: ValidationError, tree: dict[str, Any], root: type[BaseModel] = RunConfig) -> list[str]:
     """Every fault once: pydantic's, and those of the rules across components, before which pydantic stops.
 
     Args:
-        error: from validating `tree` as a RunConfig.
+        error: from validating `tree` as a `root`.
         tree: the user's settings.
+        root: the class of the whole config.
     """
     items = error.errors()
-    faults = [fault for item in items for fault in _texts(item, tree)]
-    if any(item["loc"] for item in items):
+    faults = [fault for item in items for fault in _texts(item, tree, root)]
+    if root is RunConfig and any(item["loc"] for item in items):
         sound, doubtful = copy.deepcopy(tree), set[str]()
         for item in items:
             path, _ = _place(item, tree)
             _remove(sound, path)
             doubtful.add(".".join(path))
-            if item["type"] == "extra_forbidden" and (meant := _meant(path, tree)):
+            if item["type"] == "extra_forbidden" and (meant := _meant(path, tree, root)):
                 doubtful.add(meant)
         # A rule that reads a faulty setting would now see its default, and say what is not so.
         found = broken_rules(dict(_valid_sections(sound)))
@@ -61,24 +62,24 @@ def _annotation(field: Any) -> Any:
     return Annotated[field.annotation, field] if field.discriminator else field.annotation
 
 
-def _texts(error: Any, tree: dict[str, Any]) -> Iterator[str]:
+def _texts(error: Any, tree: dict[str, Any], root: type[BaseModel]) -> Iterator[str]:
     """One fault of pydantic as the texts that the user reads."""
     path, value = _place(error, tree)
     kind, context = error["type"], error.get("ctx", {})
     if kind == "value_error":
         raised = context["error"]
         for fault in raised.faults if isinstance(raised, ConfigError) else (str(raised),):
-            yield _with_path(fault, path)
+            yield _with_path(fault, path, root)
     elif kind == "extra_forbidden":
-        yield _unknown_key(path, value, tree)
+        yield _unknown_key(path, value, tree, root)
     elif kind in ("missing", "union_tag_not_found"):
         name = ".".join([*path, "name"] if kind == "union_tag_not_found" else path)
         yield f"{name} must be given; got nothing. Add {name}=VALUE or write it into the recipe."
     elif kind == "union_tag_invalid":
         names = [tag.strip("'") for tag in context["expected_tags"].split(", ")]
-        yield _one_of([*path, "name"], names, context["tag"])
+        yield _one_of([*path, "name"], names, context["tag"], root)
     elif kind == "literal_error":
-        yield _one_of(path, re.findall(r"'([^']*)'", context["expected"]) or [context["expected"]], value)
+        yield _one_of(path, re.findall(r"'([^']*)'", context["expected"]) or [context["expected"]], value, root)
     else:
         rule = _RULE_OF.get(kind, "be valid ({msg})").format(msg=error["msg"], **context)
         yield f"{'.'.join(path)} must {rule}; got {value!r}. Change it in the recipe or on the command line."
@@ -125,20 +126,20 @@ def _place(error: Any, tree: dict[str, Any]) -> tuple[list[str], Any]:
     return path, value
 
 
-def _with_path(fault: str, path: list[str]) -> str:
+def _with_path(fault: str, path: list[str], root: type[BaseModel]) -> str:
     first = re.split(r"[. ]", fault, maxsplit=1)[0]
     text = fault if fault.endswith(".") else f"{fault}."
-    if first in RunConfig.model_fields or not path:
+    if first in root.model_fields or not path:
         return text
     if first == "must":
         return f"{'.'.join(path)} {text}"
     return f"{'.'.join(path)}.{text}" if re.match(r"[\w.]+ must ", text) else f"{'.'.join(path)}: {text}"
 
 
-def _one_of(path: list[str], names: list[str], value: Any) -> str:
+def _one_of(path: list[str], names: list[str], value: Any, root: type[BaseModel]) -> str:
     advice = did_you_mean(str(value), names) or "Choose one of these."
     rule = f"one of {', '.join(names)}" if len(names) > 1 else names[0]
-    if len(path) == 1 and _section_of(RunConfig.model_fields[path[0]].annotation, None) is not None:
+    if len(path) == 1 and _section_of(root.model_fields[path[0]].annotation, None) is not None:
         rule += f", or have keys of its own ({path[0]}.*)"
     return f"{'.'.join(path)} must be {rule}; got {value!r}. {advice}"
 
@@ -149,25 +150,25 @@ def did_you_mean(word: str, names: Sequence[str]) -> str:
     return f"Did you mean {near[0]}?" if near else ""
 
 
-def _unknown_key(path: list[str], value: Any, tree: dict[str, Any]) -> str:
+def _unknown_key(path: list[str], value: Any, tree: dict[str, Any], root: type[BaseModel]) -> str:
     *parents, _ = path
-    names = ", ".join(_parent(path, tree).model_fields)
-    meant = _meant(path, tree)
+    names = ", ".join(_parent(path, tree, root).model_fields)
+    meant = _meant(path, tree, root)
     where = f"{'.'.join(parents)}.*" if parents else "the top"
     advice = f"Did you mean {meant}? " if meant else ""
     return f"{'.'.join(path)} must be a known setting; got {value!r}. {advice}Valid keys of {where}: {names}."
 
 
-def _meant(path: list[str], tree: dict[str, Any]) -> str | None:
+def _meant(path: list[str], tree: dict[str, Any], root: type[BaseModel]) -> str | None:
     """The setting that an unknown path is most like: in the same section, else of the same name elsewhere."""
     *parents, key = path
-    near = difflib.get_close_matches(key, list(_parent(path, tree).model_fields), n=1)
-    elsewhere = [known for known, _ in settings(RunConfig, tree) if known.split(".")[-1] == key]
+    near = difflib.get_close_matches(key, list(_parent(path, tree, root).model_fields), n=1)
+    elsewhere = [known for known, _ in settings(root, tree) if known.split(".")[-1] == key]
     return ".".join([*parents, near[0]]) if near else next(iter(elsewhere), None)
 
 
-def _parent(path: list[str], tree: dict[str, Any]) -> type[BaseModel]:
-    section: type[BaseModel] = RunConfig
+def _parent(path: list[str], tree: dict[str, Any], root: type[BaseModel]) -> type[BaseModel]:
+    section = root
     at: Any = tree
     for key in path[:-1]:
         at = at.get(key) if isinstance(at, Mapping) else None

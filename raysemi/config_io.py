@@ -6,14 +6,17 @@ import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from raysemi.config import RunConfig
 from raysemi.config_faults import did_you_mean, texts
+from raysemi.engine.detect import DetectConfig
 from raysemi.errors import ConfigError
+
+Tree = TypeVar("Tree", bound=BaseModel)
 
 _NAMED = ("method", "weighting", "gradients")
 """Sections whose short form, a word, stands for their `name`."""
@@ -32,8 +35,17 @@ def load(recipe: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: with every fault that was found.
     """
-    tree = {} if recipe is None else _recipe(str(recipe))
-    return _validate(tree, _override(tree, overrides))
+    return _load(RunConfig, recipe, overrides)
+
+
+def load_detector(recipe: str | Path | None, overrides: Sequence[str] = ()) -> DetectConfig:
+    """`load` for the recipe of a detector."""
+    return _load(DetectConfig, recipe, overrides)
+
+
+def _load(kind: type[Tree], recipe: str | Path | None, overrides: Sequence[str]) -> Tree:
+    tree = {} if recipe is None else _recipe(str(recipe), kind)
+    return _validate(tree, _override(tree, overrides), kind)
 
 
 def change(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
@@ -43,7 +55,7 @@ def change(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
         ConfigError: with every fault that was found.
     """
     tree = _mapping(dump(config), "config")
-    return _validate(tree, _override(tree, overrides))
+    return _validate(tree, _override(tree, overrides), RunConfig)
 
 
 def parse(text: str, source: str = "config.yaml") -> RunConfig:
@@ -53,15 +65,20 @@ def parse(text: str, source: str = "config.yaml") -> RunConfig:
         text: YAML.
         source: where it comes from, for error texts.
     """
-    return _validate(_mapping(text, source), [])
+    return _validate(_mapping(text, source), [], RunConfig)
 
 
-def dump(config: RunConfig) -> str:
+def parse_detector(text: str, source: str = "config.yaml") -> DetectConfig:
+    """`parse` for the config of a detector."""
+    return _validate(_mapping(text, source), [], DetectConfig)
+
+
+def dump(config: RunConfig | DetectConfig) -> str:
     """The resolved config as YAML, in the order of the classes' fields."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-def difference(a: RunConfig, b: RunConfig) -> list[str]:
+def difference(a: Tree, b: Tree) -> list[str]:
     """Dotted paths of the settings that differ, or that only one of the two has, sorted."""
     left, right = dict(_leaves(a.model_dump(mode="json"))), dict(_leaves(b.model_dump(mode="json")))
     paths = {path for path in left.keys() | right.keys() if left.get(path, _ABSENT) != right.get(path, _ABSENT)}
@@ -71,12 +88,21 @@ def difference(a: RunConfig, b: RunConfig) -> list[str]:
 
 def recipes() -> list[str]:
     """Names of the recipes that come with raysemi, sorted."""
-    return sorted(file.stem for file in _RECIPES.glob("*.yaml"))
+    return _names(_RECIPES)
 
 
 def recipe_file(name: str) -> Path:
     """The file of a recipe that comes with raysemi."""
     return _RECIPES / f"{name}.yaml"
+
+
+def detector_recipes() -> list[str]:
+    """Names of the recipes of detectors, sorted."""
+    return _names(_RECIPES / "detectors")
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(file.stem for file in folder.glob("*.yaml"))
 
 
 _ABSENT = object()
@@ -130,9 +156,9 @@ def _yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
 
 
-def _recipe(recipe: str) -> dict[str, Any]:
+def _recipe(recipe: str, kind: type[BaseModel]) -> dict[str, Any]:
     """A recipe's tree, with its base below it."""
-    path = _recipe_path(recipe)
+    path = _recipe_path(recipe, kind)
     tree = _mapping(_text(path), recipe)
     if "base" not in tree:
         return tree
@@ -140,7 +166,7 @@ def _recipe(recipe: str) -> dict[str, Any]:
     if not isinstance(base, str) or not base:
         raise ConfigError(f"base of {recipe} must name a recipe; got {base!r}. Correct or remove it.")
     below = path.parent / base  # a file beside this one; an absolute path stays what it is
-    tree_below = _mapping(_text(_recipe_path(str(below) if below.is_file() else base)), base)
+    tree_below = _mapping(_text(_recipe_path(str(below) if below.is_file() else base, kind)), base)
     if "base" in tree_below:
         raise ConfigError(f"base of {recipe} must have no base itself; got {base}, which has one. Name that one.")
     # as with overrides: another method starts from its defaults, and pools replace pools
@@ -165,13 +191,14 @@ def _section(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
     return section if isinstance(section, dict) else {}
 
 
-def _recipe_path(recipe: str) -> Path:
+def _recipe_path(recipe: str, kind: type[BaseModel]) -> Path:
     path = Path(recipe).expanduser()
     if path.is_file():
         return path
-    names = recipes()
+    folder = _RECIPES if kind is RunConfig else _RECIPES / "detectors"
+    names = _names(folder)
     if recipe in names:
-        return recipe_file(recipe)
+        return folder / f"{recipe}.yaml"
     raise ConfigError(
         f"recipe must be a YAML file or the name of one that comes along; got {recipe}. "
         f"{did_you_mean(recipe, names) or 'Check the path.'} `raysemi train --list` names them all."
@@ -261,12 +288,12 @@ def _set(tree: dict[str, Any], keys: Sequence[str], value: Any) -> None:
     section[keys[-1]] = copy.deepcopy(value)
 
 
-def _validate(tree: dict[str, Any], faults: list[str]) -> RunConfig:
+def _validate(tree: dict[str, Any], faults: list[str], kind: type[Tree]) -> Tree:
     faults = [*faults, *_expand_pools(tree)]
     try:
-        config = RunConfig.model_validate(tree)
+        config = kind.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError([*faults, *texts(error, tree)]) from error
+        raise ConfigError([*faults, *texts(error, tree, kind)]) from error
     if faults:
         raise ConfigError(faults)
     return config

@@ -1,7 +1,7 @@
 """The stream of a run: labeled and unlabeled samples of each step, decoded, cropped and stacked for one rank.
 
 A batch is a pure function of (pools, seed, step, global batch, rank, world): loader processes change the speed, no bit.
-Axes: L labeled, U unlabeled images of this rank, V strong views, S side of the crop.
+Axes: L labeled, U unlabeled images of this rank, V strong views, N boxes of an image, S side of the crop.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pydantic import Field
 from torch.utils.data import DataLoader, Dataset
 
 from raysemi.base import Config, choices
+from raysemi.data.boxes import PoolBoxes
 from raysemi.data.joined import AnyPool
 from raysemi.data.order import Order
 from raysemi.data.pool import NOT_ANNOTATED
@@ -96,6 +97,7 @@ class Stream:
         given: probability that a labeled image comes with another one to paste from; 0 = the method pastes nothing.
         pinned: hand out page-locked tensors, which a CUDA device copies without holding the host up.
         strong: family of the strong views, unless `config.views.strong` names one.
+        boxes: of a detector, in the unlabeled pool; handed out with each image.
 
     Raises:
         ConfigError: a batch that the ranks cannot share, or no labeled pool.
@@ -121,6 +123,7 @@ class Stream:
         given: float = 0.0,
         pinned: bool = False,
         strong: StrongViews = "jitter",
+        boxes: PoolBoxes | None = None,
     ) -> None:
         self.config = config
         self.start, self.stop = start, stop
@@ -149,7 +152,7 @@ class Stream:
         shared = dict(zip(used, self._pools, strict=True))
         family = config.views.strong or strong
         self._steps = _Steps(
-            config, shared, seed, batches, rank, world, strong_views, second_view, with_truth, family, given
+            config, shared, seed, batches, rank, world, strong_views, second_view, with_truth, family, given, boxes
         )
 
     def __len__(self) -> int:
@@ -233,8 +236,10 @@ class _Steps(Dataset[Any]):
         with_truth: bool,
         strong: StrongViews,
         given: float,
+        boxes: PoolBoxes | None,
     ) -> None:
-        self.config, self.seed, self.strong, self.given = config, seed, strong, given
+        self.config, self.seed, self.strong = config, seed, strong
+        self.given, self.boxes = given, boxes
         self.strong_views, self.second_view, self.with_truth = strong_views, second_view, with_truth
         self.readers = {name: Reader(pool, config.on_corrupt) for name, pool in pools.items()}
         self.orders = {name: Order(pool.shard_rows, pool.digest, seed, batches[name]) for name, pool in pools.items()}
@@ -268,12 +273,15 @@ class _Steps(Dataset[Any]):
         boxes_VU4 = np.zeros((views, num, 4), dtype=np.int64)
         photometric_VUP = np.zeros((views, num, len(family.PARAMETERS)), dtype=np.float32)
         second_UP = np.zeros((num, len(family.PARAMETERS)), dtype=np.float32)
+        found_UN5: list[NDArray[np.float32]] = []
         for u, (sample, number) in enumerate(self._samples("unlabeled", step, self.with_truth, skipped)):
             draws = (self.seed, number, sample.key)
             geometry = self._geometry(sample, number, "geometry")
             weak_U3HW.append(weak_view(sample.image, geometry))
             valid_UHW.append(valid_view(geometry))
             keys_U.append(sample.key)
+            if self.boxes is not None:
+                found_UN5.append(self.boxes.view(sample.row, geometry))
             for v in range(views):
                 photometric_VUP[v, u] = family.draw(generator(*draws, f"photometric {v}"), self.config.views)
                 if not self.with_truth:
@@ -306,6 +314,7 @@ class _Steps(Dataset[Any]):
             given_label_LHW=_stack(given_label_LHW, plane, np.uint8) if self.given > 0.0 else None,
             truth_UHW=_stack(truth_UHW, plane, np.uint8) if self.with_truth else None,
             strong=self.strong,
+            found_UN5=_stack(found_UN5, (self.boxes.most, 5), np.float32) if self.boxes is not None else None,
         )
 
     def _slots(self, name: str) -> torch.Tensor:

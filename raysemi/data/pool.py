@@ -302,11 +302,16 @@ def write_index(
         "index_sha256": hashlib.sha256(index).hexdigest(),
         "made": dict(made or {}),
     }
-    _write(filesystem, f"{folder}/{INDEX_FILE}", index)
-    _write(filesystem, f"{folder}/{POOL_FILE}", json.dumps(content, indent=1, ensure_ascii=False).encode())
+    write_whole(filesystem, f"{folder}/{INDEX_FILE}", index)
+    write_whole(filesystem, f"{folder}/{POOL_FILE}", json.dumps(content, indent=1, ensure_ascii=False).encode())
 
 
-def _write(filesystem: fs.FileSystem, name: str, content: bytes) -> None:
+def write_whole(filesystem: fs.FileSystem, name: str, content: bytes | pa.Buffer) -> None:
+    """A file that is whole or not there.
+
+    Raises:
+        DataError: no room or no permission; the cause is the system's error.
+    """
     # object stores show a file only when it is complete; elsewhere a rename does that
     beside = f"{name}.part" if isinstance(filesystem, fs.LocalFileSystem) else name
     try:

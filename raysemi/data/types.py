@@ -1,6 +1,6 @@
 """What travels from the stream to a method.
 
-Axes: L labeled, U unlabeled images of this rank, V strong views, H x W pixels of the crop.
+Axes: L labeled, U unlabeled images of this rank, V strong views, N boxes of an image, H x W pixels of the crop.
 """
 
 from __future__ import annotations
@@ -49,6 +49,9 @@ class HostBatch:
     """uint8 labels of the unlabeled images, for measuring alone; a training stream never has them."""
     strong: StrongViews = "jitter"
     """Family that the photometric parameters belong to."""
+    found_UN5: Tensor | None = None
+    """float32 boxes of a detector in the views (x1, y1, x2, y2, class), edges of pixels; class -1 = no box; None unless
+    asked for."""
 
     def pinned(self) -> HostBatch:
         """The same batch in page-locked memory, from which a CUDA device copies without holding the host up."""
@@ -82,3 +85,6 @@ class SemiBatch:
     second_valid_UHW: Tensor | None = None
     """Another random geometry of the same images (weak, strong, valid): the mix source of `cutmix.partner:
     second_view | momentum_view`; None otherwise."""
+    found_UN5: Tensor | None = None
+    """float32 boxes of a detector in the weak views (x1, y1, x2, y2, class), edges of pixels; class -1 = no box; None
+    in a run without a detector."""

@@ -262,6 +262,7 @@ def on_device(host: HostBatch, device: torch.device, memory_format: torch.memory
         second_weak_U3HW=second_weak_U3HW,
         second_strong_U3HW=second_strong_U3HW,
         second_valid_UHW=moved(host.second_valid_UHW),
+        found_UN5=moved(host.found_UN5),
     )
 
 

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from raysemi.base import Config, choices, search
+from raysemi.models.detector import Detector
 from raysemi.models.segmentor import Segmentor
 from raysemi.ops import schedules
 
@@ -41,11 +42,13 @@ class Optimizer:
         student: the network; `encoder` gets `lr`, the rest `lr * head_multiplier`.
         config: `optim.*`.
         steps: length of the schedule, in steps.
+        warmup: steps over which the learning rate rises linearly to the schedule's.
     """
 
-    def __init__(self, student: Segmentor, config: OptimConfig, steps: int) -> None:
+    def __init__(self, student: Segmentor | Detector, config: OptimConfig, steps: int, warmup: int = 0) -> None:
         self._config = config
         self._steps = steps
+        self._warmup = warmup
         self.names: dict[Tensor, str] = {p: name for name, p in student.named_parameters() if p.requires_grad}
         encoder, other = list(student.encoder_parameters()), list(student.other_parameters())
         self.rates: dict[Tensor, float] = {
@@ -69,7 +72,8 @@ class Optimizer:
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of the encoder at a step."""
-        return self._config.lr * schedules.poly(step, self._steps, self._config.power)
+        rising = schedules.linear(step + 1, self._warmup)
+        return rising * self._config.lr * schedules.poly(step, self._steps, self._config.power)
 
     def step(self, step: int, finite: Tensor) -> None:
         """One update with the gradients that stand in the parameters.

@@ -7,16 +7,18 @@ of its own as in U2PL; `period` is DerProp eq. 6.
 from __future__ import annotations
 
 import copy
+from typing import Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from raysemi.methods.base import Average
-from raysemi.models.segmentor import Segmentor
 from raysemi.ops import schedules
 
+Network = TypeVar("Network", bound=nn.Module)
 
-class AveragedCopy:
+
+class AveragedCopy(Generic[Network]):
     """An average of the student's weights over the run.
 
     Args:
@@ -25,20 +27,20 @@ class AveragedCopy:
         period: steps between two updates of the kind `period`; and of which `start` and `copied` count.
     """
 
-    def __init__(self, student: Segmentor, average: Average, period: int) -> None:
+    def __init__(self, student: Network, average: Average, period: int) -> None:
         self._average = average
         self._period = period
-        self.model = copy.deepcopy(student).requires_grad_(False).eval()
+        self.model: Network = copy.deepcopy(student).requires_grad_(False).eval()
         self.started = average.kind == "ema"
         """False until the first update of kind `period`: before it the student itself is evaluated."""
 
-    def before_step(self, student: Segmentor, step: int) -> None:
+    def before_step(self, student: Network, step: int) -> None:
         """`at: start` (the reference of DerProp): averages at the start of every period but the first."""
         if self._average.kind == "period" and self._average.at == "start" and step and step % self._period == 0:
             self._blend(student, 1.0 - self._average.ratio)
             self.started = True
 
-    def after_step(self, student: Segmentor, step: int, finite: Tensor) -> None:
+    def after_step(self, student: Network, step: int, finite: Tensor) -> None:
         """The update that follows optimizer step `step` (from 0).
 
         Args:
@@ -57,9 +59,7 @@ class AveragedCopy:
             self.started = True
 
     @torch.no_grad()
-    def _blend(
-        self, student: Segmentor, share: float, finite: Tensor | None = None, only_weights: bool = False
-    ) -> None:
+    def _blend(self, student: Network, share: float, finite: Tensor | None = None, only_weights: bool = False) -> None:
         theirs = student.state_dict()
         mine = self.model.state_dict()
         if only_weights:

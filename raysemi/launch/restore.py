@@ -8,6 +8,7 @@ from typing import Literal
 
 from raysemi import config_io
 from raysemi.config import RunConfig, uses_unlabeled
+from raysemi.data.boxes import PoolBoxes, open_boxes
 from raysemi.data.joined import AnyPool, as_one
 from raysemi.data.pool import Pool
 from raysemi.engine import checkpoint
@@ -15,7 +16,7 @@ from raysemi.engine.folder import RunFolder
 from raysemi.errors import CheckpointError, ConfigError, DataError
 from raysemi.methods import METHODS
 from raysemi.methods.base import Method
-from raysemi.methods.weighting import build_weighting
+from raysemi.methods.weighting import NoWeightingConfig, RankWeightingConfig, build_weighting
 from raysemi.models.segmentor import Segmentor, build_segmentor
 
 
@@ -45,6 +46,8 @@ class Pools:
     val: Pool
     unlabeled: AnyPool | None
     """One pool, or several read as one; None when the method uses no unlabeled images."""
+    boxes: PoolBoxes | None = None
+    """Of `weighting.detector`, in the unlabeled pool; None without one."""
 
 
 def open_pools(config: RunConfig) -> Pools:
@@ -90,7 +93,7 @@ def open_pools(config: RunConfig) -> Pools:
         faults += _refused_by_method(config, len(classes))
     if faults:
         raise ConfigError(faults)
-    return Pools(labeled, val, unlabeled)
+    return Pools(labeled, val, unlabeled, _boxes(config.weighting, unlabeled))
 
 
 def _refused_by_method(config: RunConfig, num_classes: int) -> tuple[str, ...]:
@@ -100,6 +103,15 @@ def _refused_by_method(config: RunConfig, num_classes: int) -> tuple[str, ...]:
     except ConfigError as error:
         return error.faults
     return ()
+
+
+def _boxes(weighting: NoWeightingConfig | RankWeightingConfig, unlabeled: AnyPool | None) -> PoolBoxes | None:
+    if weighting.name == "none" or weighting.detector is None or unlabeled is None:
+        return None
+    try:
+        return open_boxes(unlabeled, weighting.detector, weighting.score)
+    except DataError as error:
+        raise DataError(f"weighting.detector: {error}") from error
 
 
 MAY_CHANGE = (

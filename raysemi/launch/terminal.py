@@ -6,12 +6,13 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from raysemi.config import RunConfig
+    from raysemi.engine.detect import DetectConfig
 
 _LINE_EVERY_S = 10.0
 """Seconds between two plain lines of a bar that has no terminal."""
@@ -54,6 +55,50 @@ def train_with_progress(config: RunConfig) -> dict[str, Any]:
                 f"{config.run} was at step {progress.step} of {config.train.steps}; the same command goes on from its "
                 "last checkpoint."
             ) from error
+
+
+def detector_with_progress(config: DetectConfig) -> dict[str, Any]:
+    """`train_detector` with progress on the terminal.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C, with a text that says how to go on.
+    """
+    from raysemi.launch.detect import train_detector
+
+    until = min(config.train.steps, config.train.stop_at or config.train.steps)
+    with TrainingProgress(until) as progress:
+        try:
+            return train_detector(config, progress)
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(
+                f"{config.run} was at step {progress.step} of {config.train.steps}; the same command goes on from its "
+                "last checkpoint."
+            ) from error
+
+
+def check_tables(result: Mapping[str, Any]) -> Iterator[tuple[list[str], list[list[str]]]]:
+    """What `detect check` measured, as tables (columns, rows): the boxes, and the pixels where they were measured."""
+
+    def text(value: float | int | None) -> str:
+        return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.1f}"
+
+    of = {"all things": result, **result["classes"]}
+    keys = ("true_boxes", "accepted_boxes", "precision", "recall")
+    columns = [
+        f"score >= {result['accepted']}",
+        "true boxes",
+        "accepted",
+        "precision %",
+        "recall %",
+        "accepted an image",
+    ]
+    rows = [[name, *(text(one[key]) for key in keys), ""] for name, one in of.items()]
+    rows[0][-1] = f"{result['boxes_per_image']:.2f}"
+    yield columns, rows
+    if "pixel_accuracy" in result:
+        columns = ["pixels called so, and sure", "accuracy %", "inside agreeing boxes %", "outside %"]
+        shares = ("pixel_accuracy", "pixel_accuracy_inside", "pixel_accuracy_outside")
+        yield columns, [[name, *(text(one[share]) for share in shares)] for name, one in of.items()]
 
 
 def print_results(results: Mapping[str, Mapping[str, Any]], *, classes: bool = False) -> None:

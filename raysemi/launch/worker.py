@@ -65,7 +65,7 @@ class _Run:
         self.folder = RunFolder(config.run)
         refuse_another_run(config)
         pools = open_pools(config)
-        self.labeled, self.val, self.unlabeled = pools.labeled, pools.val, pools.unlabeled
+        self.labeled, self.val, self.unlabeled, self.boxes = pools.labeled, pools.val, pools.unlabeled, pools.boxes
         self._snapshot = checkpoint.load_newest(self.folder)
         student, method = build(config, len(self.labeled.classes), untrained=self._snapshot is not None)
         self.method = method
@@ -94,7 +94,7 @@ class _Run:
         if self.across.rank == 0:
             self.record = Record(self.folder, trainer.step)
         if trainer.step < until:
-            with _graceful_stop(self.across) as should_stop:
+            with graceful_stop(self.across.world) as should_stop:
                 hooks = Hooks(self._log, self._evaluate, self._save, should_stop, self._sample)
                 finished = trainer.fit(self._stream(trainer.step, until), hooks, config.eval.every)
             if not finished:
@@ -125,6 +125,7 @@ class _Run:
             cores=torch.get_num_threads(),
             pinned=self.trainer.device.type == "cuda",
             strong=method.strong,
+            boxes=self.boxes,
         )
 
     def _resume(self) -> None:
@@ -137,8 +138,8 @@ class _Run:
         if snapshot is not None:
             if snapshot.state["digests"] != self._digests():
                 raise CheckpointError(
-                    f"{self.config.run} must go on with the pools that it began with; got other digests. "
-                    "Restore the pools, or give another run folder."
+                    f"{self.config.run} must go on with the pools and boxes that it began with; got other "
+                    "digests. Restore them, or give another run folder."
                 )
             self.trainer.restore(snapshot)
             self.seconds = snapshot.state["seconds"]
@@ -167,9 +168,15 @@ class _Run:
         return {name: pool for name, pool in pools.items() if pool is not None}
 
     def _digests(self) -> dict[str, str]:
-        return {name: pool.digest for name, pool in self.pools.items()}
+        boxes = {} if self.boxes is None else {"boxes": self.boxes.digest}
+        return {name: pool.digest for name, pool in self.pools.items()} | boxes
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
+        if step == self.config.train.steps and metrics.get("method/remembered_unlabeled") == 0 and not self.across.rank:
+            message = (
+                "weighting.%s: no unlabeled pixel was remembered; the prototypes are those of labeled pixels alone"
+            )
+            _log.warning(message, "unlabeled" if self.boxes is None else "detector")
         if self.record is not None:
             self.record.write(step, metrics)
         if self.on_log is not None:
@@ -281,13 +288,13 @@ class _Run:
 
 
 @contextmanager
-def _graceful_stop(across: AcrossRanks) -> Iterator[Callable[[], bool]]:
+def graceful_stop(world: int = 1) -> Iterator[Callable[[], bool]]:
     """Turns the first Ctrl-C into "finish this step and save"; the second one interrupts at once.
 
     Only in a single process without Ray: several ranks get the signal in different steps, and Ray's worker, even a lone
     one, trains outside the main thread, which alone hears signals. Those runs go on from the last checkpoint.
     """
-    if across.world > 1 or threading.current_thread() is not threading.main_thread():
+    if world > 1 or threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
     asked = threading.Event()

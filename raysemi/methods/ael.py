@@ -219,10 +219,11 @@ class AEL(Method):
 
         boxes_U4 = self._boxes(source.class_U, other, batch, context)
         factor_UHW, other_factor_UHW = self._factors(taught.split(sizes)[1:], own, other, context)
-        mixed_U3HW, pseudo_UHW, confidence_UHW, factor_UHW = paste_all(
+        reliable_UHW, other_reliable_UHW = self._reliable(own, other, batch)
+        mixed_U3HW, pseudo_UHW, confidence_UHW, factor_UHW, reliable_UHW = paste_all(
             boxes_U4,
-            (batch.weak_U3HW, own.pseudo_BHW, own.confidence_BHW, factor_UHW),
-            (source.image_U3HW, other.pseudo_BHW, other.confidence_BHW, other_factor_UHW),
+            (batch.weak_U3HW, own.pseudo_BHW, own.confidence_BHW, factor_UHW, reliable_UHW),
+            (source.image_U3HW, other.pseudo_BHW, other.confidence_BHW, other_factor_UHW, other_reliable_UHW),
         )
         mixed = _Lesson(pseudo_UHW, confidence_UHW)
 
@@ -231,7 +232,6 @@ class AEL(Method):
         keep = drawn_dropout(context.student, slots, "student", _DROP, context)
         student = context.student.decode(context.student.encode(images_B3HW), images_B3HW.shape[-2:], keep)
         seen, strong = student.split(sizes[:2])
-        reliable_UHW = self.weighting.reliable(pseudo_UHW, confidence_UHW, replace(batch, valid_UHW=mixed.valid_BHW))
         self.weighting.remember(seen, [UnlabeledPass(strong, pseudo_UHW, reliable_UHW)], batch, context)
 
         on_labeled = self._consistency(seen, labeled, None, batch.slots_L, "labeled", context)
@@ -292,6 +292,16 @@ class AEL(Method):
         unheard = replace(context, listener=None)  # what is shown belongs to the images of the step
         own_UHW = self.weighting.weigh(taught[0], own.pseudo_BHW.clamp(max=self.num_classes - 1), context)
         return own_UHW, self.weighting.weigh(taught[1], other.pseudo_BHW.clamp(max=self.num_classes - 1), unheard)
+
+    def _reliable(self, own: _Lesson, other: _Lesson, batch: SemiBatch) -> tuple[Tensor, Tensor]:
+        """Pixels that the run's weighting may remember, of the unlabeled images and of what is mixed into them.
+
+        A detector's boxes come with the images of the step: of those of the cache none is known, so none confirms.
+        """
+        found_UN5 = None if batch.found_UN5 is None else torch.full_like(batch.found_UN5, -1.0)
+        elsewhere = replace(batch, valid_UHW=other.valid_BHW, found_UN5=found_UN5)
+        own_UHW = self.weighting.reliable(own.pseudo_BHW, own.confidence_BHW, batch)
+        return own_UHW, self.weighting.reliable(other.pseudo_BHW, other.confidence_BHW, elsewhere)
 
     def _consistency(
         self,

@@ -2,7 +2,8 @@
 
 `rank`: a pixel weighs as many of its k strongest feature channels as are also the k strongest of its pseudo-class's
 prototype, the mean of vectors that two memories hold: of labeled pixels that the student has right, and of unlabeled
-ones that are reliable. A method asks in this order:
+ones that are reliable: confident, and inside a box that a detector found and calls the same. The boxes come with the
+batch; they decide what is remembered and never weigh a loss by themselves. A method asks in this order:
 
     reliable = self.weighting.reliable(...)        # of the weak views; mixed like the confidence
     self.weighting.remember(...)                   # after the student's passes
@@ -10,9 +11,8 @@ ones that are reliable. A method asks in this order:
     self.weighting.cross_entropy(..., weight)      # in place of `pixel_cross_entropy`
 
 Source: "Weighting Pseudo-Labels via High-Activation Feature Index Similarity and Object Detection for Semi-Supervised
-Semantic Segmentation", PPW, and its code. Differs: vectors are chosen by slot (`per_image` of an image, pass and class)
-and the memories are the same on all ranks, so that nothing depends on their number; no detector confirms unlabeled
-pixels.
+Semantic Segmentation", PPW and RPPI, and its code. Differs: vectors are chosen by slot (`per_image` of an image, pass
+and class) and the memories are the same on all ranks, so that nothing depends on their number.
 Axes: L labeled, U unlabeled images, K classes, D channels, h x w cells, N = h * w, m vectors of an image and class,
 H x W pixels.
 """
@@ -25,14 +25,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from raysemi.base import Config, choices, merged
+from raysemi.data.boxes import boxes_file
 from raysemi.errors import ConfigError
 from raysemi.methods.queues import ClassQueues
 from raysemi.models.decoders import resize
 from raysemi.models.segmentor import Prediction
+from raysemi.ops.boxes import inside_own_class
 from raysemi.ops.cells import at_nodes
 from raysemi.ops.contrast import at_cells, spread_members
 from raysemi.ops.losses import IGNORE, pixel_cross_entropy
@@ -149,9 +151,15 @@ class RankWeightingConfig(Config):
     """Vectors at most that a step brings to a class of a memory."""
     confidence: float = Field(0.95, ge=0.0, lt=1.0, json_schema_extra=choices([0.9, 0.95, 0.98]))
     """Probability from which on a pixel may be remembered; a labeled one must exceed it and be right."""
-    unlabeled: bool = Field(False, json_schema_extra=choices([False, True]))
-    """True: unlabeled pixels of that probability are remembered too. False: labeled ones alone (the paper's PPW without
-    its detector, which would confirm the unlabeled ones)."""
+    detector: str | None = None
+    """NAME of the file `boxes-NAME.parquet` beside `data.unlabeled`, as `raysemi detect run` writes it: unlabeled
+    pixels of that probability are remembered where a box of their class confirms them (the paper's RPPI). null, or off:
+    no detector."""
+    score: float = Field(0.85, ge=0.0, lt=1.0, json_schema_extra=choices([0.8, 0.85, 0.9, 0.95]))
+    """Score from which on a box is accepted (paper: 0.85 on Pascal, 0.95 on Cityscapes)."""
+    unlabeled: bool | None = None
+    """Whether unlabeled pixels are remembered; null: with a detector. true without one: all of that probability, with
+    nothing to confirm them. Without: the labeled ones alone (the paper's PPW)."""
     similarity: Similarity = Field("rank", json_schema_extra=choices(["rank", "cosine", "euclidean"]))
     """What is compared: shared channels (PPW), or in its place max(0, cosine) or exp(-squared distance / channels)."""
     by: Literal["magnitude", "value"] = "magnitude"
@@ -168,6 +176,32 @@ class RankWeightingConfig(Config):
     def _preset_below_given(cls, data: Any) -> Any:
         preset = data.get("preset") if isinstance(data, dict) else None
         return merged(PRESETS[preset], data) if isinstance(preset, str) and preset in PRESETS else data
+
+    @field_validator("detector")
+    @classmethod
+    def _off_is_none(cls, value: str | None) -> str | None:
+        if value is not None:
+            boxes_file(value)
+        return None if value == "off" else value
+
+    @property
+    def remembers_unlabeled(self) -> bool:
+        """Whether unlabeled pixels are remembered."""
+        return self.detector is not None if self.unlabeled is None else self.unlabeled
+
+    @model_validator(mode="after")
+    def _detector_is_asked(self) -> RankWeightingConfig:
+        if self.detector is not None and self.unlabeled is False:
+            raise ValueError(
+                f"unlabeled must be null or true with a detector, which confirms unlabeled pixels; got false with "
+                f"{self.detector}. Remove it, or weighting.detector."
+            )
+        if self.detector is None and self.score != type(self).model_fields["score"].default:
+            raise ValueError(
+                f"score must be left out without a detector, whose boxes it accepts; got {self.score}. Remove it, or "
+                "set weighting.detector."
+            )
+        return self
 
     @model_validator(mode="after")
     def _memory_holds_a_step(self) -> RankWeightingConfig:
@@ -204,8 +238,15 @@ class RankWeighting(Weighting):
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def reliable(self, label_UHW: Tensor, confidence_UHW: Tensor, batch: SemiBatch) -> Tensor:
-        """Confident pixels, or none."""
-        return (confidence_UHW >= self.config.confidence) & batch.valid_UHW & self.config.unlabeled
+        """Confident pixels that a box of their class confirms; without a detector all confident ones, or none."""
+        confident_UHW = (confidence_UHW >= self.config.confidence) & batch.valid_UHW & self.config.remembers_unlabeled
+        if self.config.detector is None:
+            return confident_UHW
+        if batch.found_UN5 is None:
+            raise ConfigError(
+                f"weighting.detector must be null for a stream without boxes; got {self.config.detector}. Remove it."
+            )
+        return confident_UHW & inside_own_class(label_UHW, batch.found_UN5)
 
     @torch.no_grad()
     def remember(
@@ -226,6 +267,8 @@ class RankWeighting(Weighting):
             self._insert(self.labeled, labeled_GKX)
             if others:
                 self._insert(self.unlabeled, torch.cat(others))
+        if self.config.remembers_unlabeled:
+            context.observe("remembered_unlabeled", self.unlabeled.filled_K.sum())
         self.step.fill_(context.step)
 
     def _choose(

@@ -11,13 +11,17 @@ import pytest
 import torch
 from makers import tiny_run
 
+from raysemi.data.boxes import mask_boxes, write_boxes
 from raysemi.data.loader import Stream
 from raysemi.data.pool import Pool
+from raysemi.data.reader import Reader
 from raysemi.engine import distributed
+from raysemi.engine.detect import box_rows
 from raysemi.engine.gradients import GradientRule, GradientsConfig, SideLosses
 from raysemi.engine.trainer import Trainer
-from raysemi.launch.restore import build
+from raysemi.launch.restore import build, open_pools
 from raysemi.methods.base import SingleRank
+from raysemi.models.detector import Detections
 from raysemi.ops.photometric import PARAMETERS
 
 RANK = [
@@ -50,6 +54,9 @@ CASES = {
         "method.momentum=0.9", "method.cutmix.per_class=2", "method.cutmix.object_area=0.01",
     ],
     "fixmatch-rank": ["fixmatch", "method.threshold=0.145", *RANK],
+    "fixmatch-rank-boxes": [
+        "fixmatch", "method.threshold=0.145", *RANK, "weighting.unlabeled=null", "weighting.detector=masks",
+    ],
     "unimatch-rank-pareto": [
         "unimatch", "method.threshold=0.145", *RANK, "weighting.preset=released", "gradients=pareto",
     ],
@@ -104,7 +111,7 @@ def trace(
     stream = Stream(
         config.data, {name: Pool.open(pools / name) for name in read}, config.seed, 4, 4,
         across.rank, across.world, learner.strong_views, learner.second_view, 0, STEPS,
-        strong=learner.strong, given=learner.given,
+        strong=learner.strong, given=learner.given, boxes=open_pools(config).boxes,
     )  # fmt: skip
     losses, gradient = [], None
     for host in stream:
@@ -166,10 +173,21 @@ def rank(number: int, world: int, pools: Path, folder: Path) -> None:
     distributed.leave()
 
 
+def put_boxes(pool: Pool) -> None:
+    """Boxes of the masks beside the pool, as a detector that is always right would write them."""
+    reader, found = Reader(pool), []
+    for row in range(pool.num_samples):
+        boxes, labels = mask_boxes(reader.mask(row), range(1, 7), 20)
+        one = Detections(torch.from_numpy(boxes), torch.from_numpy(labels + 1), torch.ones(len(boxes)))
+        found.append(box_rows(pool.key(row), one))
+    write_boxes(pool, "masks", found, {})
+
+
 @pytest.fixture(scope="module")
 def traces(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Trace]]:
     """Traces by case: one rank alone, then each of two ranks."""
     folder = tmp_path_factory.mktemp("ranks")
+    put_boxes(Pool.open(scenes / "unlabeled"))
     spawn = multiprocessing.get_context("spawn")
     ranks = [spawn.Process(target=rank, args=(number, 2, scenes, folder)) for number in range(2)]
     for process in ranks:
@@ -226,6 +244,8 @@ def test_the_memories_of_rank_weighting_are_filled(traces):
     for case in ("fixmatch-rank", "derprop-rank-pareto", "corrmatch-rank-pareto"):
         for memory in MEMORIES:
             assert traces[case][0]["buffers"][f"weighting.{memory}.inserted_K"].sum() > 0
+    confirmed_K = traces["fixmatch-rank-boxes"][0]["buffers"]["weighting.unlabeled.inserted_K"]
+    assert 0 < confirmed_K.sum() < traces["fixmatch-rank"][0]["buffers"]["weighting.unlabeled.inserted_K"].sum()
     weighted, plain = (traces[case][0]["losses"] for case in ("fixmatch-rank", "fixmatch"))
     assert weighted[0]["loss/supervised"] == plain[0]["loss/supervised"]
     assert weighted[0]["loss/consistency"] < 0.9 * plain[0]["loss/consistency"]

@@ -1,14 +1,17 @@
 import dataclasses
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from pyarrow import fs
 
 from raysemi.data import loader
+from raysemi.data.boxes import SCHEMA, open_boxes, write_boxes
 from raysemi.data.loader import DataConfig, Stream, loader_processes
 from raysemi.data.order import Order
 from raysemi.data.reader import Reader
+from raysemi.data.views import draw_geometry, generator
 from raysemi.errors import ConfigError, DataError, DataFailure
 from raysemi.ops import intensity
 
@@ -26,6 +29,16 @@ def stream(
 ):  # fmt: skip
     config = DataConfig(crop=SIDE, **settings)
     return Stream(config, pools, 7, *batches, rank, world, strong, second, start, stop, truth, strong=family)
+
+
+def put_boxes(pool):
+    """Two boxes an image but for each third, which has none."""
+    keys = [pool.key(i) for i in range(pool.num_samples) if i % 3]
+    found = [(key, 4 + i, 3, 30, 20 + i, i % 3, 0.5 + i / 20) for i, key in enumerate(keys)]
+    found += [(key, 0, 0, 9, 30, 1, 0.99) for key in keys]
+    columns = [dict(zip(SCHEMA.names, box, strict=True)) for box in found]
+    write_boxes(pool, "a", pa.Table.from_pylist(columns, schema=SCHEMA).to_batches(), {})
+    return open_boxes(pool, "a", 0.6)
 
 
 def assert_same(one, other):
@@ -68,6 +81,36 @@ def test_the_method_proposes_the_family_of_strong_views_and_the_setting_decides(
     assert_same(next(iter(stream(pools, 3, 4, views={"strong": "intensity"}))), batch)
     (one,) = stream(pools, 3, 4, family="intensity", views={"operations": 1})
     assert not one.photometric_VUP[..., 2:].any()
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_boxes_come_with_their_images_whatever_the_processes_and_ranks(pools, method, monkeypatch):
+    monkeypatch.setattr(loader, "_start_method", lambda pools: method)
+    boxes, pool = put_boxes(pools["unlabeled"]), pools["unlabeled"]
+    assert stream(pools).__iter__().__next__().found_UN5 is None
+
+    def batches(**rest):
+        made = stream(pools, 2, 7, **rest)
+        made._steps.boxes = boxes
+        return list(made)
+
+    plain = batches(loader_processes=0)
+    for one, other in zip(plain, batches(loader_processes=2), strict=True):
+        assert_same(one, other)
+    halves = [batches(rank=rank, world=2) for rank in range(2)]
+    rows = {pool.key(i): i for i in range(pool.num_samples)}
+    order, shown = Order(pool.shard_rows, pool.digest, 7, 4), 0
+    for number, batch in enumerate(plain):
+        assert torch.equal(torch.cat([half[number].found_UN5 for half in halves]), batch.found_UN5)
+        _, passes = order.step(2 + number)
+        for key, passed, found in zip(batch.keys_U, passes.tolist(), batch.found_UN5, strict=True):
+            row = pool.row(rows[key])
+            rng = generator(7, passed, key, "geometry")
+            geometry = draw_geometry(rng, DataConfig().views, row.height, row.width, SIDE)
+            assert torch.equal(found, torch.from_numpy(boxes.view(rows[key], geometry)))
+            assert bool((found[:, 4] >= 0).any()) == bool(rows[key] % 3)
+            shown += int((found[:, 2] > found[:, 0]).sum())
+    assert shown > 5
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver"])

@@ -239,10 +239,81 @@ def test_reliable_pixels_are_confident_and_real():
 
 
 def test_without_a_detector_labeled_pixels_alone_make_prototypes():
-    assert not RankWeightingConfig().unlabeled
+    assert not RankWeightingConfig().remembers_unlabeled
     sure_of_all = torch.ones(2, 33, 41)
     label = torch.zeros(2, 33, 41, dtype=torch.int64)
-    assert not rank(unlabeled=False).reliable(label, sure_of_all, semi_batch(CLASSES)).any()
+    for unlabeled in (None, False):
+        assert not rank(unlabeled=unlabeled).reliable(label, sure_of_all, semi_batch(CLASSES)).any()
+
+
+def with_boxes(batch):
+    """Image 0: class 1 in x 4 to 20, y 10 to 20, and class 3 over all of it. Image 1: no box."""
+    none = [-1.0] * 5
+    boxes = [[[4, 10, 20, 20, 1], [0, 0, 41, 33, 3], none], [none] * 3]
+    return replace(batch, found_UN5=torch.tensor(boxes, dtype=torch.float32))
+
+
+def test_a_box_of_its_class_confirms_a_confident_pixel():
+    """Outside, in a box of another class, in padding, unsure, of a class without boxes: never."""
+    batch, weighting = with_boxes(semi_batch(CLASSES)), rank(detector="things", unlabeled=None)
+    batch.valid_UHW[0, 12] = False
+    label = torch.ones(2, 33, 41, dtype=torch.int64)
+    label[0, :, 10] = 2  # inside boxes of 1 and 3
+    label[0, :, 11] = 0
+    label[0, :, 30] = 3
+    confidence = torch.full((2, 33, 41), 0.95)
+    confidence[0, 14] = 0.9499
+    reliable = weighting.reliable(label, confidence, batch)
+    expected = torch.zeros_like(reliable)
+    expected[0, 10:20, 4:20] = True
+    expected[0, :, 10:12] = False
+    expected[0, :, 30] = True
+    expected[0, [12, 14]] = False
+    assert torch.equal(reliable, expected)
+
+
+def test_a_stream_without_boxes_is_refused():
+    with pytest.raises(ConfigError, match=r"weighting\.detector must be null for a stream without boxes; got things"):
+        rank(detector="things").reliable(torch.zeros(2, 33, 41).long(), torch.ones(2, 33, 41), semi_batch(CLASSES))
+
+
+def test_a_detector_turns_unlabeled_pixels_on():
+    assert RankWeightingConfig(detector="things").remembers_unlabeled
+    assert RankWeightingConfig(detector="off") == RankWeightingConfig()
+    for settings, expected in (
+        ({"detector": "things", "unlabeled": False}, "unlabeled must be null or true with a detector"),
+        ({"score": 0.95}, "score must be left out without a detector"),
+        ({"detector": "../things"}, "the name of boxes must hold"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            RankWeightingConfig(**settings)
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_boxes_change_what_is_remembered_and_not_what_is_taught(name):
+    """All losses are the same with boxes and without; the memories differ."""
+    kind = METHODS[name][1]
+    first = []
+    for boxes in (True, False):
+        batch = semi_batch(CLASSES, views=kind.strong_views)
+        if boxes:
+            everywhere = torch.tensor([[0.0, 0.0, 41.0, 33.0, float(k)] for k in range(CLASSES)])
+            batch = replace(batch, found_UN5=everywhere.expand(2, CLASSES, 5))
+        else:
+            batch = replace(batch, found_UN5=torch.full((2, 1, 5), -1.0))
+        method = kind(METHODS[name][0](**SETTINGS.get(name, {})), CLASSES)
+        method.weighting = rank(detector="things", confidence=0.0, start_step=5)  # all weigh 1: memories alone differ
+        student = tiny_segmentor(CLASSES, method.heads)
+        teacher = None if method.average.kind == "none" else tiny_segmentor(CLASSES, method.heads, seed=1).eval()
+        seen = step_context(student, teacher, steps=100, step=0)
+        objectives = method.objectives(batch, seen)
+        first.append((objectives, method.weighting.unlabeled.inserted_K.sum()))
+    (with_, remembered), (without, nothing) = first
+    assert remembered > 0
+    assert nothing == 0
+    for term, objective in with_.items():
+        assert torch.equal(objective.total, without[term].total), term
+        assert torch.equal(torch.as_tensor(objective.normaliser), torch.as_tensor(without[term].normaliser)), term
 
 
 def test_first_in_first_out_and_the_mean_is_of_what_is_held():
