@@ -111,7 +111,9 @@ def test_every_shipped_recipe_is_valid(name: str) -> None:
 def test_camvids_recipes_are_those_of_own_images_on_its_pools() -> None:
     for name in (name for name in config_io.recipes() if name.startswith("camvid-")):
         camvid = config_io.load(name)
-        own = config_io.load(name.replace("camvid", "folder"), ["data.pools=pools/camvid-1_64", f"run={camvid.run}"])
+        pasted = ["method.paste={classes: 3, exclude: [0, 1, 3]}"] if name == "camvid-ael" else []  # stuff by index
+        where = ["data.pools=pools/camvid-1_64", f"run={camvid.run}"]
+        own = config_io.load(name.replace("camvid", "folder"), [*where, *pasted])
         assert camvid == own
 
 

@@ -95,7 +95,7 @@ def test_mistakes_are_said_before_anything_runs(tmp_path, recipes, options, text
 
 
 def test_a_method_without_such_a_recipe_is_told(tmp_path, recipes):
-    with pytest.raises(ConfigError, match="recipe must be a YAML file or one of"):
+    with pytest.raises(ConfigError, match="recipe must be a YAML file or the name of one"):
         plan(tmp_path, recipes, methods=["unimatch"])
 
 

@@ -188,7 +188,7 @@ def test_other_pools_are_refused(scenes, tmp_path):
     run(tiny_run(pools, tmp_path / "run", "supervised", "train.steps=2", "train.stop_at=1"))
     shutil.rmtree(pools / "labeled")
     shutil.copytree(scenes / "val", pools / "labeled")
-    with pytest.raises(CheckpointError, match="pools that it began with"):
+    with pytest.raises(CheckpointError, match="pools and boxes that it began with"):
         run(tiny_run(pools, tmp_path / "run", "supervised", "train.steps=2"))
 
 

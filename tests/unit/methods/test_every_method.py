@@ -97,10 +97,11 @@ def test_a_second_view_mixes_any_number_of_images(name, unlabeled):
     method.eval()  # the threshold stays
     each = []
     for rows in [slice(None), *(slice(u, u + 1) for u in range(unlabeled))]:
+        given = {name: value for name, value in vars(batch).items() if value is not None}
         share = replace(
             batch,
-            **{name: getattr(batch, name)[rows] for name in vars(batch) if "_U" in name and "_VU" not in name},
-            **{name: getattr(batch, name)[:, rows] for name in vars(batch) if "_VU" in name},
+            **{name: value[rows] for name, value in given.items() if "_U" in name and "_VU" not in name},
+            **{name: value[:, rows] for name, value in given.items() if "_VU" in name},
         )
         terms = method.objectives(share, step_context(student, teacher, step=50))
         each.append({title: term.total.item() for title, term in terms.items() if term.side == "unsupervised"})

@@ -120,7 +120,8 @@ def test_prototypes_weigh_the_unlabeled_terms_alone(name):
     weighted, seen = objectives(name, filled(rank(confidence=0.999)))
     assert seen["weight"].min() >= 0
     assert 0 < seen["weight"].mean() < 1
-    maps = {"contrastive", "derivative_unlabeled", "sparsity_strong"}  # of features, which no pseudo-label teaches
+    # of features, which no pseudo-label teaches; and what the teacher says of labeled images, whose class is known
+    maps = {"contrastive", "derivative_unlabeled", "sparsity_strong", "consistency_labeled"}
     for title, term in host.items():
         same = torch.equal(term.total, weighted[title].total)
         assert same == (term.side == "supervised" or title in maps), title
