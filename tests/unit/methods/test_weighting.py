@@ -29,6 +29,7 @@ SETTINGS = {
     "corrmatch": {"region": {"segments": 6}, "threshold": {"initial": 0.2}},
     "derprop": {"region": {"segments": 6}, "threshold": {"initial": 0.2}},
     "u2pl": {"contrast": {"delta_p": 0.2}, "representation": {"hidden": 5, "dim": 7}, "warmup_periods": 0},
+    "ael": {"threshold": 0.2},
 }
 
 
@@ -98,6 +99,7 @@ def test_the_methods_of_the_paper_and_those_of_propagation_may_be_weighted():
         "unimatch_v2",
         "augseg",
         "u2pl",
+        "ael",
         "corrmatch",
         "derprop",
     }
