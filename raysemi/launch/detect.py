@@ -33,6 +33,8 @@ from raysemi.launch.worker import OnLog, graceful_stop
 from raysemi.models.detector import Detections, Detector, build_detector
 
 Progress = Callable[[int, int], None]
+OF_SEARCH = tuple(f"boxes.{name}" for name in ("scale", "mirrored", "score", "accepted", "most", "batch"))
+"""Settings that say how a finished detector searches: the same command with others of these changes no weight."""
 
 
 def train_detector(config: DetectConfig, on_log: OnLog | None = None) -> dict[str, Any]:
@@ -120,7 +122,8 @@ def _refuse_another_run(config: DetectConfig, folder: RunFolder) -> None:
     if not folder.exists("config.yaml") or not checkpoint.steps(folder):
         return
     earlier = config_io.parse_detector(folder.read_bytes("config.yaml").decode())
-    changed = [path for path in config_io.difference(earlier, config) if not path.startswith(MAY_CHANGE)]
+    may_change = (*MAY_CHANGE, *OF_SEARCH)
+    changed = [path for path in config_io.difference(earlier, config) if not path.startswith(may_change)]
     if changed:
         raise ConfigError(
             f"run must name a folder of this run or a new one; got {config.run}, whose config differs in "

@@ -14,7 +14,7 @@ from raysemi.data.boxes import mask_boxes, read_boxes, write_boxes
 from raysemi.data.pool import Pool
 from raysemi.data.reader import Reader
 from raysemi.engine import checkpoint
-from raysemi.engine.detect import BoxCounts, box_rows
+from raysemi.engine.detect import BoxCounts, agreed, box_rows
 from raysemi.engine.folder import RunFolder
 from raysemi.errors import CheckpointError, ConfigError, DataError
 from raysemi.launch import detect
@@ -101,6 +101,43 @@ def test_boxes_are_written_beside_the_pool_and_checked(trained: tuple[Path, dict
     assert fewer[1] <= count
     with pytest.raises(ConfigError, match=r"--score must be at least boxes\.score of the detector, 0\.0; got -1"):
         api.find_boxes(trained[0], pools / "val", score=-1)
+
+
+def test_what_says_how_to_search_may_change_afterwards(
+    trained: tuple[Path, dict], scenes: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(trained[0], tmp_path / "things"))
+    before = newest(folder)
+    again = detect.train_detector(config(scenes, folder, "boxes.scale=1.5", "boxes.mirrored=true", "boxes.accepted=0"))
+    assert again["accepted"] == 0
+    for name, value in newest(folder).tensors["teacher"].items():
+        assert torch.equal(value, before.tensors["teacher"][name])
+    assert detect.load_detector(str(folder)).config.boxes.scale == 1.5
+
+
+def test_an_image_and_its_mirror_image_must_agree() -> None:
+    """One box on which they do; one that is too far off, one of another class, one that one way alone has."""
+    own = Detections(
+        torch.tensor(
+            [[10.0, 5.0, 30.0, 25.0], [50.0, 5.0, 60.0, 15.0], [0.0, 0.0, 8.0, 8.0], [70.0, 40.0, 90.0, 60.0]]
+        ),
+        torch.tensor([1, 0, 2, 2]),
+        torch.tensor([0.9, 0.9, 0.8, 0.7]),
+    )
+    mirrored = Detections(
+        torch.tensor(
+            [[70.0, 5.0, 88.0, 25.0], [38.0, 5.0, 48.0, 15.0], [92.0, 0.0, 100.0, 8.0], [10.0, 40.0, 30.0, 60.0]]
+        ),
+        torch.tensor([1, 0, 1, 2]),
+        torch.tensor([0.6, 0.9, 0.8, 0.95]),
+    )
+    both = agreed(own, mirrored, 100)
+    assert both.boxes_N4.tolist() == [[70, 40, 90, 60], [11, 5, 30, 25]]
+    assert both.labels_N.tolist() == [2, 1]
+    assert both.scores_N.tolist() == pytest.approx([0.7, 0.6])
+    nothing = Detections(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0))
+    assert [len(part) for part in agreed(own, nothing, 100)] == [0, 0, 0]
+    assert [len(part) for part in agreed(nothing, own, 100)] == [0, 0, 0]
 
 
 def test_an_interrupted_search_leaves_what_was_there(trained: tuple[Path, dict], pools: Path) -> None:
