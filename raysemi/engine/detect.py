@@ -66,6 +66,11 @@ class BoxesConfig(Config):
     batch: int = Field(4, ge=1)
     """Images that are searched in one pass."""
 
+    @property
+    def source_area(self) -> float:
+        """`min_area` in pixels of the source image, for what is searched at `scale`."""
+        return self.min_area / self.scale**2
+
 
 class DetectTrainConfig(Config):
     """`train.*` of a detector."""

@@ -97,7 +97,7 @@ def train_detector(config: DetectConfig, on_log: OnLog | None = None) -> dict[st
     if val is not None and trainer.step == config.train.steps:
         boxes, device = config.boxes, trainer.device
         found = search_pool(trainer.average.model, trainer.things, val, boxes, device, precision=trainer.precision)
-        result |= count(val, found, trainer.things, boxes.min_area / boxes.scale**2, boxes.accepted)
+        result |= count(val, found, trainer.things, boxes.source_area, boxes.accepted)
     return result
 
 
@@ -237,7 +237,7 @@ def run_detector(
         chosen = one.scores_N >= least
         found.append(box_rows(opened.key(row), Detections(*(part[chosen] for part in one))))
     names = [trained.classes[index] for index in trained.things]
-    made = {"detector": run, "step": trained.step, "things": names, "min_area": config.min_area, "score": least}
+    made = {"detector": run, "step": trained.step, "things": names, "min_area": config.source_area, "score": least}
     return write_boxes(opened, name, found, made), sum(batch.num_rows for batch in found)
 
 
@@ -279,7 +279,7 @@ def check_boxes(
         boxes = trained.config.boxes
         accepted = boxes.accepted if score is None else score
         found = search(trained, opened, progress)
-        return count(opened, found, trained.things, boxes.min_area / boxes.scale**2, accepted, network, confidence)
+        return count(opened, found, trained.things, boxes.source_area, accepted, network, confidence)
     _, made = read_boxes(opened, source)
     names = made.get("things") or [name for name in opened.classes if name != "background"]
     things = [opened.classes.index(name) for name in names]
