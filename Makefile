@@ -20,8 +20,8 @@ $(INSTALLED): requirements/all.txt pyproject.toml
 demo: $(INSTALLED)  ## draw scenes, train supervised and derprop with 2 Ray workers, compare, report
 	$(BIN)/raysemi demo
 
-test: $(INSTALLED)
-	$(BIN)/python -m pytest
+test: $(INSTALLED)  ## on two cores; `.venv/bin/pytest PATH` for one file
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

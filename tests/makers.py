@@ -1,4 +1,4 @@
-"""Small real parts for tests: a network with a tiny encoder, a batch, the context of a step."""
+"""Small real parts for tests: a network with a tiny encoder, a batch, the context of a step, boxes of masks."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ from torch import Tensor, nn
 
 from raysemi import config_io
 from raysemi.config import RunConfig
+from raysemi.data.boxes import mask_boxes, write_boxes
+from raysemi.data.pool import Pool
+from raysemi.data.reader import Reader
 from raysemi.data.types import SemiBatch
+from raysemi.engine.detect import box_rows
 from raysemi.methods.base import SingleRank, StepContext
 from raysemi.models.decoders import DeepLabV3Plus
+from raysemi.models.detector import Detections
 from raysemi.models.encoders import Encoder, Features
 from raysemi.models.segmentor import Channels, Prediction, Segmentor
 
@@ -148,3 +153,13 @@ def tiny_run(pools: Path, run: Path, method: str, *overrides: str) -> RunConfig:
     recipe = run.parent / f"{run.name}.yaml"
     recipe.write_text(f"method: {method}\n", encoding="utf-8")
     return config_io.load(recipe, [*settings, *overrides])
+
+
+def true_boxes(pool: Pool, name: str = "masks", share: float = 1.0) -> None:
+    """Boxes of the masks beside the pool, as a detector that is always right would write them."""
+    reader, found = Reader(pool), []
+    for row in range(int(share * pool.num_samples)):
+        boxes, labels = mask_boxes(reader.mask(row), range(1, 7), 20)
+        one = Detections(torch.from_numpy(boxes), torch.from_numpy(labels + 1), torch.ones(len(boxes)))
+        found.append(box_rows(pool.key(row), one))
+    write_boxes(pool, name, found, {"things": list(pool.classes[1:]), "min_area": 20})

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from makers import tiny_run
+from makers import tiny_run, true_boxes
 
-from raysemi.data.boxes import mask_boxes, write_boxes
 from raysemi.data.loader import Stream
 from raysemi.data.pool import Pool
-from raysemi.data.reader import Reader
 from raysemi.engine import distributed
-from raysemi.engine.detect import box_rows
 from raysemi.engine.gradients import GradientRule, GradientsConfig, SideLosses
 from raysemi.engine.trainer import Trainer
 from raysemi.launch.restore import build, open_pools
 from raysemi.methods.base import SingleRank
-from raysemi.models.detector import Detections
 from raysemi.ops.photometric import PARAMETERS
 
 RANK = [
@@ -173,21 +170,12 @@ def rank(number: int, world: int, pools: Path, folder: Path) -> None:
     distributed.leave()
 
 
-def put_boxes(pool: Pool) -> None:
-    """Boxes of the masks beside the pool, as a detector that is always right would write them."""
-    reader, found = Reader(pool), []
-    for row in range(pool.num_samples):
-        boxes, labels = mask_boxes(reader.mask(row), range(1, 7), 20)
-        one = Detections(torch.from_numpy(boxes), torch.from_numpy(labels + 1), torch.ones(len(boxes)))
-        found.append(box_rows(pool.key(row), one))
-    write_boxes(pool, "masks", found, {})
-
-
 @pytest.fixture(scope="module")
 def traces(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Trace]]:
     """Traces by case: one rank alone, then each of two ranks."""
     folder = tmp_path_factory.mktemp("ranks")
-    put_boxes(Pool.open(scenes / "unlabeled"))
+    scenes = Path(shutil.copytree(scenes, folder / "pools"))  # other tests want theirs without boxes
+    true_boxes(Pool.open(scenes / "unlabeled"))
     spawn = multiprocessing.get_context("spawn")
     ranks = [spawn.Process(target=rank, args=(number, 2, scenes, folder)) for number in range(2)]
     for process in ranks:
@@ -197,7 +185,7 @@ def traces(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     alone |= {"deaf": alone["supervised"], "deaf-pareto": alone["fixmatch-pareto"]}
     alone |= {"broken": alone["fixmatch-pareto"], "counterexample": {}, "statistics": alone["u2pl"]}
     for process in ranks:
-        process.join(240)
+        process.join(280)
         assert process.exitcode == 0
     both = [torch.load(folder / f"rank-{number}.pt", weights_only=True) for number in range(2)]
     return {case: [alone[case], *(one[case] for one in both)] for case in alone}

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from makers import tiny_run
+from makers import tiny_run, true_boxes
 
 from raysemi import api, config_io
-from raysemi.data.boxes import mask_boxes, read_boxes, write_boxes
+from raysemi.data.boxes import read_boxes
 from raysemi.data.pool import Pool
-from raysemi.data.reader import Reader
 from raysemi.engine import checkpoint
-from raysemi.engine.detect import BoxCounts, agreed, box_rows
+from raysemi.engine.detect import BoxCounts, agreed
 from raysemi.engine.folder import RunFolder
 from raysemi.errors import CheckpointError, ConfigError, DataError
 from raysemi.launch import detect
@@ -48,16 +47,6 @@ def trained(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 @pytest.fixture
 def pools(scenes: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(scenes, tmp_path / "pools"))
-
-
-def true_boxes(pool: Pool, name: str = "masks", share: float = 1.0) -> None:
-    """Boxes of the masks themselves, as a detector would write them."""
-    reader, found = Reader(pool), []
-    for row in range(int(share * pool.num_samples)):
-        boxes, labels = mask_boxes(reader.mask(row), range(1, 7), 20)
-        one = Detections(torch.from_numpy(boxes), torch.from_numpy(labels + 1), torch.ones(len(boxes)))
-        found.append(box_rows(pool.key(row), one))
-    write_boxes(pool, name, found, {"things": list(pool.classes[1:]), "min_area": 20})
 
 
 def test_a_run_learns_and_is_checked_at_its_end(trained: tuple[Path, dict]) -> None:
