@@ -199,9 +199,10 @@ def _recipe_path(recipe: str, kind: type[BaseModel]) -> Path:
     names = _names(folder)
     if recipe in names:
         return folder / f"{recipe}.yaml"
+    listed = "`raysemi train --list` names them all." if kind is RunConfig else f"They are {', '.join(names)}."
     raise ConfigError(
         f"recipe must be a YAML file or the name of one that comes along; got {recipe}. "
-        f"{did_you_mean(recipe, names) or 'Check the path.'} `raysemi train --list` names them all."
+        f"{did_you_mean(recipe, names) or 'Check the path.'} {listed}"
     )
 
 
