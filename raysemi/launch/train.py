@@ -111,11 +111,11 @@ def _on_ray(config: RunConfig, settings: RayConfig, on_log: OnLog | None, presse
             outcome = _Outcome(_trainer(config, settings, cluster, work, folder))
             outcome.start()
             try:
-                while outcome.is_alive():
+                while not outcome.ended.is_set():
                     relay(ray.get(board.take.remote()), on_log)
                     if pressed.is_set():
                         raise KeyboardInterrupt
-                    outcome.join(_POLL_S)
+                    outcome.ended.wait(_POLL_S)
                 relay(ray.get(board.take.remote()), on_log)
                 if outcome.error is None:
                     return outcome.value
@@ -125,7 +125,7 @@ def _on_ray(config: RunConfig, settings: RayConfig, on_log: OnLog | None, presse
                     for worker in ray.get(board.workers.remote()):  # on a notebook's cluster nothing else ends them
                         ray.kill(worker)
                 # A thread that asks Ray anything once it is shut down ends the whole process, with exit code 1.
-                outcome.join(_END_S)
+                outcome.ended.wait(_END_S)
                 if left == 0 or not may_go_better(error):
                     raise
                 left -= 1
@@ -177,6 +177,8 @@ class _Outcome(threading.Thread):
     def __init__(self, trainer: Any) -> None:
         super().__init__(name="ray-train", daemon=True)
         self._trainer = trainer
+        self.ended = threading.Event()
+        """To wait for: Python 3.11 takes a thread for ended whose `join` a signal's exception interrupts."""
         self.value: dict[str, Any] = {}
         self.error: Exception | None = None
 
@@ -185,6 +187,8 @@ class _Outcome(threading.Thread):
             self.value = self._trainer.fit().return_value or {}
         except Exception as error:  # judged in the main thread
             self.error = error
+        finally:
+            self.ended.set()
 
 
 def _one_line(error: Exception) -> RaysemiError:
