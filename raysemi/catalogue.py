@@ -20,7 +20,7 @@ from raysemi.methods.base import Method
 from raysemi.models.segmentor import Channels
 
 _CLASSES = 21
-_CHANNELS = Channels(maps=(256, 2048), middle=1024, joined=304, penultimate=256)
+_CHANNELS = Channels(maps=(256, 2048), middle=1024, joined=304, penultimate=256, pyramid=256)
 """Of a ResNet: for methods that must be asked which heads they need."""
 
 

@@ -220,6 +220,15 @@ def _auxiliary_has_a_map(method: Any, model: ModelConfig) -> Iterator[str]:
         )
 
 
+def _correlation_has_a_map(method: Any, model: ModelConfig) -> Iterator[str]:
+    corr = getattr(method, "corr", None)
+    if corr is not None and corr.source == "aspp" and model.name == "dpt":
+        yield (
+            "method.corr.from must be encoder, fusion or classifier with dpt, which has no atrous pyramid; got aspp. "
+            "Change it, or take a convolutional network."
+        )
+
+
 def _two_sides(gradients: GradientsConfig, method: Any, data: DataConfig) -> Iterator[str]:
     learner = _learner(method)
     if not learner.uses_unlabeled:
@@ -328,5 +337,5 @@ def _secrets(path: str, value: Any) -> Iterator[str]:
 
 _RULES = (
     *(_stop_within_steps, _pools_are_named, _teacher_has_statistics, _may_be_weighted, _two_sides, _ranks_fit),
-    *(_crop_holds_whole_patches, _window_holds_whole_patches, _auxiliary_has_a_map),
+    *(_crop_holds_whole_patches, _window_holds_whole_patches, _auxiliary_has_a_map, _correlation_has_a_map),
 )

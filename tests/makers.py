@@ -50,7 +50,7 @@ def tiny_segmentor(
         torch.manual_seed(seed)
         encoder = TinyEncoder()
         decoder = DeepLabV3Plus(6, 10, num_classes, channels=8, low_channels=4, rates=(1, 2, 3))
-        channels = Channels((6, 10), 6, decoder.joined_channels, decoder.penultimate_channels)
+        channels = Channels((6, 10), 6, decoder.joined_channels, decoder.penultimate_channels, decoder.pyramid_channels)
         heads = {} if heads_of is None else heads_of(channels)
         return Segmentor(encoder, decoder, heads, num_classes, frozen=frozen)
 

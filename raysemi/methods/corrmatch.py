@@ -14,16 +14,16 @@ Axes: L labeled, U unlabeled, B any images, K classes, C channels of a map's fac
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, create_model, field_validator
 from torch import Tensor, nn
 
 from raysemi.base import Config, choices
 from raysemi.data.types import SemiBatch
 from raysemi.methods.base import Average, Method, StepContext
-from raysemi.methods.passes import HIDDEN, Projections, View, strong_pass, weak_pass
+from raysemi.methods.passes import HIDDEN, Projections, Source, View, channels_read, strong_pass, weak_pass
 from raysemi.methods.propagation import (
     labeled_pair,
     lessons,
@@ -52,7 +52,22 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Preset -> the defaults that it changes."""
 
 
-class CorrelationConfig(Config):
+_SOURCE: dict[str, Any] = {
+    "from": (
+        Source,
+        Field(
+            "encoder",
+            description="Behind what the projections stand: the encoder, the decoder's pyramid, its last convolution "
+            "before the classifier, or the class scores (Table 7), always at the cells of the encoder's last map. "
+            "Behind the encoder no loss of propagated logits teaches the decoder.",
+            json_schema_extra=choices(list(get_args(Source))),
+        ),
+    )
+}
+_From: Any = create_model("_From", __base__=Config, **_SOURCE)  # no class body can declare it: a word of Python
+
+
+class CorrelationConfig(_From):
     """`method.corr.*`: the correlation map."""
 
     dim: int | None = Field(None, ge=1, json_schema_extra=choices([None, 64, 128]))
@@ -61,6 +76,12 @@ class CorrelationConfig(Config):
     """Where 1 / sqrt(D) stands: inside the softmax (code), or outside of it (as the paper writes)."""
     norm: Literal["source", "target"] = "source"
     """Whose shares add up to 1: those that a cell hands out (code), or those that it receives."""
+
+    @property
+    def source(self) -> Source:
+        """`from`."""
+        read: Source = getattr(self, "from")
+        return read
 
 
 class CorrMatchConfig(SpreadingConfig):
@@ -96,6 +117,7 @@ class CorrMatch(Method):
     def __init__(self, config: CorrMatchConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
         self.config = config
+        self.classes = num_classes
         self.channels = config.corr.dim or num_classes
         self.average = config.average
         self.second_view = not config.cutmix.pairs
@@ -103,13 +125,14 @@ class CorrMatch(Method):
 
     def heads(self, channels: Channels) -> dict[str, nn.Module]:
         """Both projections."""
-        return {"correlation": CorrelationHead(channels.maps[-1], self.channels, HIDDEN)}
+        read = channels_read(channels, self.classes, self.config.corr.source)
+        return {"correlation": CorrelationHead(read, self.channels, HIDDEN)}
 
     def objectives(self, batch: SemiBatch, context: StepContext) -> dict[str, Objective]:
         """All terms; without unlabeled images those of the labeled ones alone."""
         config, num_labeled = self.config, len(batch.image_L3HW)
         own, spread = config.labeled_weights
-        both, perturbed_UKHW = weak_pass(batch, context, perturb=config.fp.weight > 0.0)
+        both, perturbed_UKHW = weak_pass(batch, context, config.fp.weight > 0.0, config.corr.source)
         spread_BKHW = self._spread(both)
         terms = labeled_pair(
             config.criterion,
@@ -128,7 +151,7 @@ class CorrMatch(Method):
             config, weak.logits_BKHW, self.threshold, factors, weak.cells, batch, context, self.training
         )
         observe_taught(taught, taught.base.label_UHW, self.threshold, batch, context)
-        strong = strong_pass(strong_U3HW, batch, context)
+        strong = strong_pass(strong_U3HW, batch, context, config.corr.source)
 
         views = both.images(slice(num_labeled)), weak, strong
         weak_lesson, strong_lesson = lessons(self.weighting, config, views, taught, batch, context)

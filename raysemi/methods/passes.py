@@ -6,6 +6,7 @@ Axes: L labeled, U unlabeled, B any images, D channels of a projection, N cells,
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,10 +14,14 @@ from torch import Tensor
 from raysemi.data.types import SemiBatch
 from raysemi.methods.base import StepContext
 from raysemi.methods.perturbation import with_perturbed
-from raysemi.models.segmentor import Prediction, Segmentor
+from raysemi.models.decoders import resize
+from raysemi.models.segmentor import Channels, Prediction, Segmentor
 from raysemi.ops.cells import Size
 from raysemi.ops.similarity import at_least_fp32
 
+Source = Literal["encoder", "aspp", "fusion", "classifier"]
+"""Behind what the correlation head stands: the encoder's last map, the decoder's pyramid, its last convolution before
+the classifier, or the class scores."""
 HIDDEN = 256
 """Channels of the correlation head before its projections."""
 _HEAD_DROP, _FEATURE_DROP = 0.1, 0.5
@@ -82,7 +87,9 @@ class View:
         return View(self.seen.images(rows), self.projections.images(rows))
 
 
-def weak_pass(batch: SemiBatch, context: StepContext, perturb: bool) -> tuple[View, Tensor | None]:
+def weak_pass(
+    batch: SemiBatch, context: StepContext, perturb: bool, source: Source = "encoder"
+) -> tuple[View, Tensor | None]:
     """Labeled and weak views in one pass, so that they share BatchNorm's statistics.
 
     Returns:
@@ -91,25 +98,25 @@ def weak_pass(batch: SemiBatch, context: StepContext, perturb: bool) -> tuple[Vi
     """
     num_labeled = len(batch.image_L3HW)
     images_B3HW = torch.cat((batch.image_L3HW, batch.weak_U3HW))
-    features = context.student.encode(images_B3HW)
+    features = decoded = context.student.encode(images_B3HW)
+    if perturb and len(batch.weak_U3HW) > 0:
+        decoded = with_perturbed(features, slice(num_labeled, None), batch.slots_U, _FEATURE_DROP, context)
+    seen = context.student.decode(decoded, images_B3HW.shape[-2:])
+    clean, perturbed_UKHW = seen.images(slice(len(images_B3HW))), seen.logits_BKHW[len(images_B3HW) :]
     keep_BC = torch.cat(
         (
             context.keep(batch.slots_L, "correlation/labeled", HIDDEN, _HEAD_DROP),
             context.keep(batch.slots_U, "correlation/weak", HIDDEN, _HEAD_DROP),
         )
     )
-    projections = Projections.of(*context.student.heads["correlation"](features.high_BDhw, keep_BC=keep_BC))
-    if perturb and len(batch.weak_U3HW) > 0:
-        features = with_perturbed(features, slice(num_labeled, None), batch.slots_U, _FEATURE_DROP, context)
-    both = View.of(context.student.decode(features, images_B3HW.shape[-2:]), projections)
-    clean, perturbed_UKHW = both.images(slice(len(images_B3HW))), both.logits_BKHW[len(images_B3HW) :]
-    return clean, perturbed_UKHW if len(perturbed_UKHW) > 0 else None
+    both = _view(context.student, replace(clean, features=features), keep_BC, source)
+    return both, at_least_fp32(perturbed_UKHW) if len(perturbed_UKHW) > 0 else None
 
 
-def strong_pass(strong_U3HW: Tensor, batch: SemiBatch, context: StepContext) -> View:
+def strong_pass(strong_U3HW: Tensor, batch: SemiBatch, context: StepContext, source: Source = "encoder") -> View:
     """The mixed strong views, with BatchNorm statistics of their own."""
     keep_UC = context.keep(batch.slots_U, "correlation/strong", HIDDEN, _HEAD_DROP)
-    return _see(context.student, strong_U3HW, keep_UC)
+    return _see(context.student, strong_U3HW, keep_UC, source)
 
 
 def labeled_and_strong_pass(strong_U3HW: Tensor, batch: SemiBatch, context: StepContext) -> tuple[View, View]:
@@ -131,7 +138,28 @@ def momentum_pass(batch: SemiBatch, context: StepContext) -> View:
     return _see(context.teacher, batch.weak_U3HW, None)
 
 
-def _see(network: Segmentor, images_B3HW: Tensor, keep_BC: Tensor | None) -> View:
-    features = network.encode(images_B3HW)
-    projections = Projections.of(*network.heads["correlation"](features.high_BDhw, keep_BC=keep_BC))
-    return View.of(network.decode(features, images_B3HW.shape[-2:]), projections)
+def _see(network: Segmentor, images_B3HW: Tensor, keep_BC: Tensor | None, source: Source = "encoder") -> View:
+    return _view(network, network(images_B3HW), keep_BC, source)
+
+
+def _view(network: Segmentor, seen: Prediction, keep_BC: Tensor | None, source: Source) -> View:
+    read_BChw = _read(seen, source)
+    return View.of(seen, Projections.of(*network.heads["correlation"](read_BChw, keep_BC=keep_BC)))
+
+
+def _read(seen: Prediction, source: Source) -> Tensor:
+    """What the correlation head reads, at the cells of the encoder's last map whatever the source."""
+    if source == "aspp":
+        assert seen.pyramid_BDhw is not None  # the config refuses a decoder without it
+        return seen.pyramid_BDhw
+    high_BDhw = seen.features.high_BDhw
+    maps = {"encoder": high_BDhw, "fusion": seen.penultimate_BDhw, "classifier": seen.logits_BKHW}
+    return resize(maps[source], high_BDhw.shape[-2:])
+
+
+def channels_read(channels: Channels, num_classes: int, source: Source) -> int:
+    """Channels of what the correlation head reads."""
+    if source == "aspp":
+        assert channels.pyramid is not None  # the config refuses a decoder without it
+        return channels.pyramid
+    return {"encoder": channels.maps[-1], "fusion": channels.penultimate, "classifier": num_classes}[source]

@@ -7,6 +7,7 @@ Axes: B images, K classes, D channels, h x w cells.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,16 @@ from raysemi.errors import ConfigError
 
 Keep = Callable[[str, int], Tensor]
 """Name of a dropout, channels there -> factors [B, channels]: 0 where dropped, 1 / (1 - drop) elsewhere."""
+
+
+class Decoded(NamedTuple):
+    """What a decoder makes of an encoder's maps."""
+
+    logits_BKhw: Tensor
+    penultimate_BDhw: Tensor
+    joined_BDhw: Tensor
+    pyramid_BDhw: Tensor | None
+    """Output of the atrous pyramid, at the size of the high map; None of a decoder without one."""
 
 
 def dropout(x_BDhw: Tensor, keep: Keep | None, name: str) -> Tensor:
@@ -109,18 +120,18 @@ class DeepLabV3Plus(nn.Module):
         self.fuse = nn.Sequential(convolution(low_channels + channels, channels, 3), convolution(channels, channels, 3))
         self.classifier = nn.Conv2d(channels, num_classes, 1)
         self.joined_channels = low_channels + channels
-        self.penultimate_channels = channels
+        self.penultimate_channels = self.pyramid_channels = channels
 
-    def forward(self, maps: Sequence[Tensor], keep: Keep | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Low and high map -> (logits_BKhw, penultimate_BDhw, joined_BDhw), all at the size of the low map.
+    def forward(self, maps: Sequence[Tensor], keep: Keep | None = None) -> Decoded:
+        """Low and high map -> logits, penultimate and joined map, all at the size of the low one, and the pyramid.
 
         The joined map is what the two convolutions before the classifier read. It has no dropout for `keep` to act on.
         """
         low_BDhw, high_BDhw = maps
-        high_BDhw = resize(self.pyramid(high_BDhw), low_BDhw.shape[-2:])
-        joined_BDhw = torch.cat((self.reduce(low_BDhw), high_BDhw), dim=1)
+        pyramid_BDhw = self.pyramid(high_BDhw)
+        joined_BDhw = torch.cat((self.reduce(low_BDhw), resize(pyramid_BDhw, low_BDhw.shape[-2:])), dim=1)
         penultimate_BDhw = self.fuse(joined_BDhw)
-        return self.classifier(penultimate_BDhw), penultimate_BDhw, joined_BDhw
+        return Decoded(self.classifier(penultimate_BDhw), penultimate_BDhw, joined_BDhw, pyramid_BDhw)
 
 
 class WideDeepLabV3Plus(nn.Module):
@@ -149,14 +160,15 @@ class WideDeepLabV3Plus(nn.Module):
         self.second = convolution(channels, channels, 3, bias=True)
         self.classifier = nn.Conv2d(channels, num_classes, 1)
         self.joined_channels = low_channels + channels
-        self.penultimate_channels = channels
+        self.penultimate_channels = self.pyramid_channels = channels
         self.dropouts = dict.fromkeys(("decoder/high", "decoder/first", "decoder/penultimate"), channels)
 
-    def forward(self, maps: Sequence[Tensor], keep: Keep | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Low and high map -> (logits_BKhw, penultimate_BDhw, joined_BDhw), all at the size of the low map."""
+    def forward(self, maps: Sequence[Tensor], keep: Keep | None = None) -> Decoded:
+        """Low and high map -> logits, penultimate and joined map, all at the size of the low one, and the pyramid."""
         low_BDhw, high_BDhw = maps
-        high_BDhw = dropout(self.pyramid(high_BDhw), keep, "decoder/high")
-        joined_BDhw = torch.cat((self.reduce(low_BDhw), resize(high_BDhw, low_BDhw.shape[-2:])), dim=1)
+        pyramid_BDhw = self.pyramid(high_BDhw)
+        high_BDhw = resize(dropout(pyramid_BDhw, keep, "decoder/high"), low_BDhw.shape[-2:])
+        joined_BDhw = torch.cat((self.reduce(low_BDhw), high_BDhw), dim=1)
         penultimate_BDhw = self.second(dropout(self.first(joined_BDhw), keep, "decoder/first"))
         logits_BKhw = self.classifier(dropout(penultimate_BDhw, keep, "decoder/penultimate"))
-        return logits_BKhw, penultimate_BDhw, joined_BDhw
+        return Decoded(logits_BKhw, penultimate_BDhw, joined_BDhw, pyramid_BDhw)

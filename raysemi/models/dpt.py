@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from raysemi.models.decoders import Keep, resize
+from raysemi.models.decoders import Decoded, Keep, resize
 
 WIDTHS = {
     384: (64, (48, 96, 192, 384)),
@@ -85,9 +85,10 @@ class DPT(nn.Module):
         self.classifier = nn.Conv2d(channels, num_classes, 1)
         self.joined_channels = channels
         self.penultimate_channels = channels
+        self.pyramid_channels = None
 
-    def forward(self, maps: Sequence[Tensor], keep: Keep | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Four maps [B, D, h, w] -> (logits_BKhw, penultimate_BDhw, joined_BDhw), all at 8h x 8w cells.
+    def forward(self, maps: Sequence[Tensor], keep: Keep | None = None) -> Decoded:
+        """Four maps [B, D, h, w] -> logits, penultimate and joined map, all at 8h x 8w cells.
 
         The joined map is the last fused one. It has no dropout for `keep` to act on.
         """
@@ -102,4 +103,4 @@ class DPT(nn.Module):
             joined_BDhw = fusion(joined_BDhw, level_BDhw, size)
         assert joined_BDhw is not None  # there are four levels
         penultimate_BDhw = self.output(joined_BDhw)
-        return self.classifier(penultimate_BDhw), penultimate_BDhw, joined_BDhw
+        return Decoded(self.classifier(penultimate_BDhw), penultimate_BDhw, joined_BDhw, None)

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from raysemi.base import Config, choices
-from raysemi.models.decoders import DeepLabV3Plus, Keep, WideDeepLabV3Plus, resize
+from raysemi.models.decoders import Decoded, DeepLabV3Plus, Keep, WideDeepLabV3Plus, resize
 from raysemi.models.dpt import DPT, WIDTHS
 from raysemi.models.encoders import DINOV2, DINOV2_CHANNELS, LITE0, PAPER_RESNETS, Encoder, Features, build_encoder
 from raysemi.models.weights import load_encoder
@@ -38,6 +38,8 @@ class Channels:
     """Of `Prediction.joined_BDhw`."""
     penultimate: int
     """Of `Prediction.penultimate_BDhw`."""
+    pyramid: int | None
+    """Of `Prediction.pyramid_BDhw`."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,17 @@ class Prediction:
     """Input of the classifier, after ReLU and before any dropout, at stride 4 (dpt: 8 cells a patch)."""
     joined_BDhw: Tensor
     """All that the decoder has gathered, before the convolutions that make the penultimate map of it, at its size."""
+    pyramid_BDhw: Tensor | None = None
+    """Output of the decoder's atrous pyramid, at the size of the encoder's last map; None of dpt, which has none."""
 
     def images(self, rows: slice) -> Prediction:
         """What it says of some of the images."""
         return Prediction(
-            self.logits_BKHW[rows], self.features.images(rows), self.penultimate_BDhw[rows], self.joined_BDhw[rows]
+            self.logits_BKHW[rows],
+            self.features.images(rows),
+            self.penultimate_BDhw[rows],
+            self.joined_BDhw[rows],
+            None if self.pyramid_BDhw is None else self.pyramid_BDhw[rows],
         )
 
     def split(self, sizes: Sequence[int]) -> list[Prediction]:
@@ -142,8 +150,7 @@ class Segmentor(nn.Module):
 
     Args:
         encoder: see `encoders.build_encoder`.
-        decoder: `Features.maps`, factors of its dropout or None -> (logits_BKhw, penultimate_BDhw, joined_BDhw); see
-            `decoders.DeepLabV3Plus`.
+        decoder: `Features.maps`, factors of its dropout or None -> `decoders.Decoded`.
         heads: extra heads of a method, by name.
         num_classes: K.
         frozen: keep BatchNorm as it is.
@@ -213,9 +220,9 @@ class Segmentor(nn.Module):
             size: H, W of the logits, those of the images.
             keep: factors of the decoder's channel dropout, where it has one; None drops nothing.
         """
-        logits_BKhw, penultimate_BDhw, joined_BDhw = self.decoder(features.maps, keep)
-        logits_BKHW = resize(resize(logits_BKhw, self.seen_size(size)), size)
-        return Prediction(logits_BKHW, features, penultimate_BDhw, joined_BDhw)
+        decoded: Decoded = self.decoder(features.maps, keep)
+        logits_BKHW = resize(resize(decoded.logits_BKhw, self.seen_size(size)), size)
+        return Prediction(logits_BKHW, features, decoded.penultimate_BDhw, decoded.joined_BDhw, decoded.pyramid_BDhw)
 
     def forward(self, images_B3HW: Tensor) -> Prediction:
         """Prediction for RGB images in [0, 1], float, any size."""
@@ -249,7 +256,11 @@ def build_segmentor(
         decoder = _build_decoder(config, encoder.channels, num_classes)
     with _seeded(seed, "heads"):
         channels = Channels(
-            encoder.channels, encoder.middle_channels, decoder.joined_channels, decoder.penultimate_channels
+            encoder.channels,
+            encoder.middle_channels,
+            decoder.joined_channels,
+            decoder.penultimate_channels,
+            decoder.pyramid_channels,
         )
         heads = {} if heads_of is None else heads_of(channels)
     return Segmentor(encoder, decoder, heads, num_classes, frozen=config.batch_norm == "frozen")

@@ -253,6 +253,11 @@ def test_what_a_transformer_lacks_is_told_with_all_other_faults() -> None:
         "train.stop_at must",
     ):
         assert part in text
+    behind = {"name": "corrmatch", "corr": {"from": "aspp"}}
+    assert "method.corr.from must be encoder, fusion or classifier with dpt" in refused(
+        model=DPT, data=pools, method=behind
+    )
+    config(data=pools, method=behind)
     base = DPT | {"encoder": "vit_base_patch14_dinov2.lvd142m"}
     config(model=base, data=pools, weighting=rank, method=u2pl | {"auxiliary_weight": 0.0})
     config(data=pools, weighting=rank, method=u2pl)  # a convolutional network has 256 channels, and that map

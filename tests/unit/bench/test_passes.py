@@ -40,19 +40,19 @@ DOCUMENTED = {
     # derprop.md sections 3 and 13: encoder 3B, decoder 4B, both projections of every image, no teacher
     ("derprop",): [
         ("student", "encoder", L + U, "train", 1, 0),
-        ("student", "correlation", L + U, "train", 1, 0),
         ("student", "decoder", L + U + U, "train", 1, U),
+        ("student", "correlation", L + U, "train", 1, 0),
         ("student", "encoder", U, "train", 1, 0),
-        ("student", "correlation", U, "train", 1, 0),
         ("student", "decoder", U, "train", 1, 0),
+        ("student", "correlation", U, "train", 1, 0),
     ],
     ("derprop", "method.fp.weight=0", "method.labeler=momentum"): [
         ("teacher", "encoder", U, "eval", 0, 0),
-        ("teacher", "correlation", U, "eval", 0, 0),
         ("teacher", "decoder", U, "eval", 0, 0),
+        ("teacher", "correlation", U, "eval", 0, 0),
         ("student", "encoder", L + U, "train", 1, 0),
-        ("student", "correlation", L + U, "train", 1, 0),
         ("student", "decoder", L + U, "train", 1, 0),
+        ("student", "correlation", L + U, "train", 1, 0),
     ],
 }
 

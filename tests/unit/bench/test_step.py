@@ -52,8 +52,8 @@ def test_it_prints_a_table_for_people(monkeypatch):
     result = call("--method", "derprop", "--crop", 49, "--pairs", 1, "--threads", 1)
     assert result.exit_code == 0, result.output
     rows = [line.split("│")[1:-1] for line in result.output.splitlines() if "student" in line]
-    assert [row[1].strip() for row in rows] == ["encoder", "correlation", "decoder"] * 2
-    assert [row[2].strip() for row in rows] == ["4", "4", "6", "2", "2", "2"]
+    assert [row[1].strip() for row in rows] == ["encoder", "decoder", "correlation"] * 2
+    assert [row[2].strip() for row in rows] == ["4", "6", "4", "2", "2", "2"]
     assert "goal 1.15" in result.output
     assert "peak memory of step 3 MiB" in result.output
 

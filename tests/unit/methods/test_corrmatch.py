@@ -87,6 +87,29 @@ def test_each_term_sees_its_own_view():
         assert reached == {"labeled" if name in LABELED else "weak" if name in weak else "strong"}, name
 
 
+@pytest.mark.parametrize(
+    ("source", "channels", "below"),
+    [
+        ("encoder", 10, set()),
+        ("aspp", 8, {"pyramid"}),
+        ("fusion", 8, {"pyramid", "reduce", "fuse"}),
+        ("classifier", CLASSES, {"pyramid", "reduce", "fuse", "classifier"}),
+    ],
+)
+@pytest.mark.parametrize("perturbed", [True, False])
+def test_the_map_is_made_behind_each_part_of_the_network(source, channels, below, perturbed):
+    """A loss of propagated logits reaches what lies below its map, and nothing above."""
+    method, student = build(corr={"from": source}, fp={"weight": 0.25 if perturbed else 0.0})
+    assert student.heads["correlation"].reduce.in_channels == channels
+    terms, _ = run(method, student)
+    parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    for name in ("supervised_propagated", "propagated_weak", "propagated_strong"):
+        grads = torch.autograd.grad(terms[name].total, list(parameters.values()), retain_graph=True, allow_unused=True)
+        reached = {key for key, g in zip(parameters, grads, strict=True) if g is not None and g.any()}
+        assert {key.split(".")[1] for key in reached if key.startswith("decoder.")} == below
+        assert any(key.startswith("encoder.") for key in reached)
+
+
 # --- the map --------------------------------------------------------------------------------------------------------
 
 

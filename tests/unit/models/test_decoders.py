@@ -24,12 +24,13 @@ def test_parts_have_the_published_number_of_parameters() -> None:
 def test_low_features_come_first_and_the_penultimate_map_feeds_the_classifier() -> None:
     decoder = DeepLabV3Plus(5, 7, 3, 8, 4, (1, 2, 3)).eval()
     low, high = torch.randn(2, 5, 12, 9), torch.randn(2, 7, 3, 2)
-    logits, penultimate, joined = decoder((low, high))
+    logits, penultimate, joined, pyramid = decoder((low, high))
     assert logits.shape == (2, 3, 12, 9)
     assert penultimate.shape == (2, 8, 12, 9)
     assert float(penultimate.detach().min()) == 0.0  # after its ReLU
     torch.testing.assert_close(joined[:, :4], decoder.reduce(low))
-    torch.testing.assert_close(joined[:, 4:], resize(decoder.pyramid(high), (12, 9)))
+    torch.testing.assert_close(pyramid, decoder.pyramid(high))
+    torch.testing.assert_close(joined[:, 4:], resize(pyramid, (12, 9)))
     torch.testing.assert_close(logits, decoder.classifier(penultimate))
 
 
@@ -71,11 +72,12 @@ def wide() -> tuple[WideDeepLabV3Plus, tuple[Tensor, Tensor]]:
 
 def test_the_wide_decoder_joins_low_and_high_and_keeps_the_map_before_the_last_dropout() -> None:
     decoder, (low, high) = wide()
-    logits, penultimate, joined = decoder((low, high))
+    logits, penultimate, joined, pyramid = decoder((low, high))
     assert logits.shape == (2, 3, 12, 9)
     assert penultimate.shape == (2, 8, 12, 9)
     torch.testing.assert_close(joined[:, :6], decoder.reduce(low))
-    torch.testing.assert_close(joined[:, 6:], resize(decoder.pyramid(high), (12, 9)))
+    torch.testing.assert_close(pyramid, decoder.pyramid(high))  # before its dropout
+    torch.testing.assert_close(joined[:, 6:], resize(pyramid, (12, 9)))
     torch.testing.assert_close(penultimate, decoder.second(decoder.first(joined)))
     torch.testing.assert_close(logits, decoder.classifier(penultimate))
     assert decoder.pyramid.project[0].kernel_size == (3, 3)
@@ -96,10 +98,10 @@ def test_the_caller_draws_the_dropout_of_the_wide_decoder() -> None:
     for mine, theirs in zip(factors("nothing"), plain, strict=True):
         assert torch.equal(mine, theirs)
     assert asked == {"decoder/high": 8, "decoder/first": 8, "decoder/penultimate": 8}
-    logits, penultimate, _ = factors("decoder/penultimate")
+    logits, penultimate, *_ = factors("decoder/penultimate")
     assert torch.equal(penultimate, plain[1])
     torch.testing.assert_close(logits, decoder.classifier.bias[:, None, None].expand(2, 3, 12, 9))
-    logits, penultimate, joined = factors("decoder/first")
+    logits, penultimate, joined, _ = factors("decoder/first")
     assert torch.equal(joined, plain[2])
     torch.testing.assert_close(penultimate, decoder.second(torch.zeros(2, 8, 12, 9)))
     assert not bool(factors("decoder/high")[2][:, 6:].any())

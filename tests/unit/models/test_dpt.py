@@ -27,7 +27,7 @@ def test_the_decoder_has_the_published_parameters_but_for_the_unused_residual_un
 def test_levels_and_outputs_have_the_published_sizes() -> None:
     with torch.device("meta"):
         decoder = DPT(384, 21, *WIDTHS[384])
-        logits, penultimate, joined = decoder([torch.zeros(2, 384, 37, 37)] * 4)
+        logits, penultimate, joined, _ = decoder([torch.zeros(2, 384, 37, 37)] * 4)
         levels = [decoder.scale[i](decoder.project[i](torch.zeros(2, 384, 37, 37))).shape for i in range(4)]
     assert [tuple(shape) for shape in levels] == [
         (2, 48, 148, 148),
@@ -69,7 +69,8 @@ def test_it_computes_the_formula() -> None:
     path = conv(up(residual(path + residual(second, f2.lateral), f2.fused), (12, 20)), f2.project)
     path = conv(up(residual(path + residual(first, f1.lateral), f1.fused), (24, 40)), f1.project)
     hidden = functional.relu(conv(path, decoder.output[0], padding=1))
-    logits, penultimate, joined = decoder((m1, m2, m3, m4))
+    logits, penultimate, joined, pyramid = decoder((m1, m2, m3, m4))
     torch.testing.assert_close(joined, path)
+    assert pyramid is None
     torch.testing.assert_close(penultimate, hidden)
     torch.testing.assert_close(logits, conv(hidden, decoder.classifier))

@@ -112,7 +112,7 @@ def dpt() -> Segmentor:
 
 
 def heads_of_transformer(channels: Channels) -> dict[str, nn.Module]:
-    assert channels == Channels((384,) * 4, None, 64, 64)
+    assert channels == Channels((384,) * 4, None, 64, 64, None)
     return {"extra": nn.Conv2d(channels.maps[-1], 3, 1)}
 
 
