@@ -14,6 +14,7 @@ from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 
 from raysemi.base import Config
 from raysemi.data.loader import DataConfig
+from raysemi.data.mixture import shares
 from raysemi.engine.evaluate import EvalConfig
 from raysemi.engine.gradients import GradientsConfig
 from raysemi.engine.optim import OptimConfig
@@ -229,6 +230,14 @@ def _correlation_has_a_map(method: Any, model: ModelConfig) -> Iterator[str]:
         )
 
 
+def _mixture_fits_batch(data: DataConfig, train: TrainConfig) -> Iterator[str]:
+    if data.unlabeled_weights is not None:
+        try:
+            shares(data.unlabeled_weights, train.batch.unlabeled)
+        except ConfigError as error:
+            yield from error.faults
+
+
 def _two_sides(gradients: GradientsConfig, method: Any, data: DataConfig) -> Iterator[str]:
     learner = _learner(method)
     if not learner.uses_unlabeled:
@@ -338,4 +347,5 @@ def _secrets(path: str, value: Any) -> Iterator[str]:
 _RULES = (
     *(_stop_within_steps, _pools_are_named, _teacher_has_statistics, _may_be_weighted, _two_sides, _ranks_fit),
     *(_crop_holds_whole_patches, _window_holds_whole_patches, _auxiliary_has_a_map, _correlation_has_a_map),
+    _mixture_fits_batch,
 )

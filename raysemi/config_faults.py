@@ -6,7 +6,7 @@ import copy
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
@@ -170,9 +170,12 @@ def _meant(path: list[str], tree: dict[str, Any], root: type[BaseModel]) -> str 
 def _parent(path: list[str], tree: dict[str, Any], root: type[BaseModel]) -> type[BaseModel]:
     section = root
     at: Any = tree
+    annotation: Any = None
     for key in path[:-1]:
         at = at.get(key) if isinstance(at, Mapping) else None
-        inner = _section_of(section.model_fields[key].annotation, at)
+        if not key.isdigit():  # a place in a list: one of its sections
+            annotation = section.model_fields[key].annotation
+        inner = _section_of(annotation, at, in_lists=True)
         assert inner is not None  # pydantic forbids unknown keys in sections alone
         section = inner
     return section
@@ -194,11 +197,14 @@ def settings(section: type[BaseModel], tree: Any, path: str = "") -> Iterator[tu
             yield from settings(inner, tree.get(name) if isinstance(tree, Mapping) else None, f"{path}{name}.")
 
 
-def _section_of(annotation: Any, value: Any) -> type[BaseModel] | None:
+def _section_of(annotation: Any, value: Any, *, in_lists: bool = False) -> type[BaseModel] | None:
     """The config class inside an annotation; among several, the one whose `name` the value holds."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    found = [inner for part in get_args(annotation) if (inner := _section_of(part, value)) is not None]
+    if get_origin(annotation) is tuple and not in_lists:
+        return None
+    parts = get_args(annotation)
+    found = [inner for part in parts if (inner := _section_of(part, value, in_lists=in_lists)) is not None]
     name = value.get("name") if isinstance(value, Mapping) else None
     named = [inner for inner in found if "name" in inner.model_fields and inner.model_fields["name"].default == name]
     return next(iter(named or found), None)

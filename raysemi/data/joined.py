@@ -1,4 +1,4 @@
-"""Several pools read as one: their samples in a row, each exactly once a pass, mixed like those of one pool."""
+"""Several pools read as one: their samples in a row, mixed like those of one pool or in given shares (`mixture`)."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ class JoinedPool:
 
     Args:
         pools: open pools of the same classes, none of them twice; their order is part of the digest.
+        weights: share of each in a batch, in any unit; None: each sample as often as any other.
 
     Raises:
         DataError: other classes, or a pool twice.
     """
 
-    def __init__(self, pools: Sequence[Pool]) -> None:
+    def __init__(self, pools: Sequence[Pool], weights: Sequence[float] | None = None) -> None:
         self.pools = tuple(pools)
+        self.weights = None if weights is None else tuple(weights)
         self.path = " + ".join(pool.path for pool in pools)
         self.classes, self.palette = pools[0].classes, pools[0].palette
         self.num_samples = sum(pool.num_samples for pool in pools)
@@ -90,6 +92,6 @@ AnyPool = Pool | JoinedPool
 """What a stream reads."""
 
 
-def as_one(pools: Sequence[Pool]) -> AnyPool:
+def as_one(pools: Sequence[Pool], weights: Sequence[float] | None = None) -> AnyPool:
     """The pool, or several as one. Raises as `JoinedPool`."""
-    return pools[0] if len(pools) == 1 else JoinedPool(pools)
+    return pools[0] if len(pools) == 1 else JoinedPool(pools, weights)

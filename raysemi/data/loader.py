@@ -15,13 +15,13 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag, field_validator
 from torch.utils.data import DataLoader, Dataset
 
 from raysemi.base import Config, choices
 from raysemi.data.boxes import PoolBoxes
 from raysemi.data.joined import AnyPool
-from raysemi.data.order import Order
+from raysemi.data.mixture import order_of
 from raysemi.data.pool import NOT_ANNOTATED
 from raysemi.data.reader import Reader, Sample, Skipped
 from raysemi.data.types import HostBatch, StrongViews
@@ -42,14 +42,40 @@ from raysemi.errors import ConfigError, DataError, DataFailure, RaysemiError
 _log = logging.getLogger(__name__)
 
 
+class WeightedPool(Config):
+    """A pool of a mixture."""
+
+    path: str
+    """A folder or a URL."""
+    weight: float = Field(gt=0.0, allow_inf_nan=False)
+    """Its share of every batch, in any unit; rounded to whole images."""
+
+
+def _kind_of_pool(given: Any) -> str:
+    return "path" if isinstance(given, str) else "weighted"
+
+
+def _kind_of_pools(given: Any) -> str:
+    return "path" if isinstance(given, str) else "several"
+
+
+_APool = Annotated[Annotated[str, Tag("path")] | Annotated[WeightedPool, Tag("weighted")], Discriminator(_kind_of_pool)]
+_Pools = Annotated[
+    Annotated[str, Tag("path")] | Annotated[tuple[_APool, ...], Tag("several")],
+    Discriminator(_kind_of_pools),
+]
+"""Told apart by kind, so that a mistake is told once."""
+
+
 class DataConfig(Config):
     """Where the samples are, and how they become batches."""
 
     labeled: str | None = None
     """Pool in which every sample has a mask: a folder or a URL."""
-    unlabeled: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    """Pool of images without masks, or a list of pools that are read as one, each image of all of them once a pass;
-    masks that they may carry are never used to train."""
+    unlabeled: _Pools | None = None
+    """Pool of images without masks, or a list of pools that are read as one, each image of all of them once a pass, or,
+    where all are given as {path, weight}, each pool in its share of every batch and with passes of its own. Masks that
+    they may carry are never used to train."""
     val: str | None = None
     """Pool that is evaluated on."""
     crop: int = Field(321, ge=1, json_schema_extra=choices([321, 513], unit="pixels"))
@@ -65,12 +91,33 @@ class DataConfig(Config):
     corrupt_limit: int = Field(100, ge=0)
     """Different corrupt samples that one rank may skip before the run stops."""
 
+    @field_validator("unlabeled")
+    @classmethod
+    def _all_or_none_weighed(cls, unlabeled: Any) -> Any:
+        if unlabeled == ():
+            raise ValueError("must name at least one pool; got none. Name one, or remove the setting")
+        paths = [pool for pool in unlabeled if isinstance(pool, str)] if isinstance(unlabeled, tuple) else []
+        if paths and len(paths) < len(unlabeled):
+            raise ValueError(
+                f"must give a weight to all of its pools or to none; got none for {', '.join(paths)}. "
+                "Write {path: POOL, weight: SHARE}"
+            )
+        return unlabeled
+
     @property
     def unlabeled_pools(self) -> tuple[str, ...]:
-        """The unlabeled pools, none or one or several."""
+        """Paths of the unlabeled pools, none or one or several."""
         if self.unlabeled is None:
             return ()
-        return (self.unlabeled,) if isinstance(self.unlabeled, str) else self.unlabeled
+        listed = (self.unlabeled,) if isinstance(self.unlabeled, str) else self.unlabeled
+        return tuple(pool if isinstance(pool, str) else pool.path for pool in listed)
+
+    @property
+    def unlabeled_weights(self) -> tuple[float, ...] | None:
+        """Weight of each of several unlabeled pools; None where they have none."""
+        if not isinstance(self.unlabeled, tuple):
+            return None
+        return tuple(pool.weight for pool in self.unlabeled if not isinstance(pool, str)) or None
 
 
 def loader_processes(setting: int | None, cores: int) -> int:
@@ -242,7 +289,7 @@ class _Steps(Dataset[Any]):
         self.given, self.boxes = given, boxes
         self.strong_views, self.second_view, self.with_truth = strong_views, second_view, with_truth
         self.readers = {name: Reader(pool, config.on_corrupt) for name, pool in pools.items()}
-        self.orders = {name: Order(pool.shard_rows, pool.digest, seed, batches[name]) for name, pool in pools.items()}
+        self.orders = {name: order_of(pool, seed, batches[name]) for name, pool in pools.items()}
         self.slots = {name: (rank * batches[name] // world, (rank + 1) * batches[name] // world) for name in pools}
 
     def __getitem__(self, step: int) -> tuple[HostBatch | _Fault, tuple[Skipped, ...]]:

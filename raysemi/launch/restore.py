@@ -77,7 +77,7 @@ def open_pools(config: RunConfig) -> Pools:
         for name, pool in opened
         if pool.classes != classes
     ]
-    unlabeled = as_one(others) if others and not faults else None
+    unlabeled = as_one(others, config.data.unlabeled_weights) if others and not faults else None
     if config.eval.pseudo_images and unlabeled is not None and not unlabeled.labeled:
         faults.append(
             f"eval.pseudo_images must be 0 unless every unlabeled image has a mask; got {config.eval.pseudo_images} "

@@ -18,6 +18,7 @@ from raysemi import config_io
 from raysemi.config import RunConfig, check_world
 from raysemi.data.joined import AnyPool
 from raysemi.data.loader import Stream
+from raysemi.data.mixture import passes
 from raysemi.engine import checkpoint, distributed
 from raysemi.engine.evaluate import evaluate
 from raysemi.engine.folder import RunFolder
@@ -94,8 +95,9 @@ class _Run:
         if self.across.rank == 0:
             self.record = Record(self.folder, trainer.step)
         if trainer.step < until:
+            self._announce_passes()
             with graceful_stop(self.across.world) as should_stop:
-                hooks = Hooks(self._log, self._evaluate, self._save, should_stop, self._sample)
+                hooks = Hooks(self._log_training, self._evaluate, self._save, should_stop, self._sample)
                 finished = trainer.fit(self._stream(trainer.step, until), hooks, config.eval.every)
             if not finished:
                 raise KeyboardInterrupt
@@ -162,6 +164,21 @@ class _Run:
             )
 
     @property
+    def _batches(self) -> dict[str, int]:
+        batch = self.config.train.batch
+        return {"labeled": batch.labeled, "unlabeled": batch.unlabeled}
+
+    def _passes(self, step: int) -> dict[str, list[tuple[str, float]]]:
+        """How often the images of each pool have been seen: `labeled` and `unlabeled` -> (path, passes)."""
+        return {name: passes(pool, self._batches[name], step) for name, pool in self.pools.items()}
+
+    def _announce_passes(self) -> None:
+        if self.across.rank == 0:
+            steps = self.config.train.steps
+            each = [f"{done:.3g} of {path}" for found in self._passes(steps).values() for path, done in found]
+            _log.info("%d steps are passes: %s", steps, ", ".join(each))
+
+    @property
     def pools(self) -> dict[str, AnyPool]:
         """The pools that train, by name."""
         pools = {"labeled": self.labeled, "unlabeled": self.unlabeled}
@@ -170,6 +187,15 @@ class _Run:
     def _digests(self) -> dict[str, str]:
         boxes = {} if self.boxes is None else {"boxes": self.boxes.digest}
         return {name: pool.digest for name, pool in self.pools.items()} | boxes
+
+    def _log_training(self, step: int, metrics: dict[str, float]) -> None:
+        """What the trainer has measured, and how often the pools have been seen."""
+        seen = {}
+        for name, found in self._passes(step).items():
+            seen[f"data/{name}_passes"] = step * self._batches[name] / self.pools[name].num_samples
+            if len(found) > 1:
+                seen |= {f"data/{name}_passes/{number}": done for number, (_, done) in enumerate(found)}
+        self._log(step, metrics | seen)
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
         if step == self.config.train.steps and metrics.get("method/remembered_unlabeled") == 0 and not self.across.rank:

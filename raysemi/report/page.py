@@ -167,6 +167,10 @@ def _summary(groups: Sequence[Group]) -> list[dict[str, Any]]:
                 "name": group.name,
                 "seeds": ", ".join(str(run.config.get("seed", 0)) for run in group.runs),
                 "values": {name: column[position] for name, column in columns.items()},
+                "passes": {
+                    name: Spread.of([float(run.curves[of][1][-1]) for run in group.runs if of in run.curves])
+                    for name, of in (("labeled", "data/labeled_passes"), ("unlabeled", "data/unlabeled_passes"))
+                },
                 "best": {name for name, marks in leaders.items() if position in marks},
                 "unfinished": short,
                 "count": len(group.runs),
@@ -183,7 +187,7 @@ def _curve_sections(groups: Sequence[Group]) -> list[tuple[str, str, list[_Figur
     first = ["method/threshold", "method/kept_ratio", "method/alpha"]
     method = [name for name in first if name in names]
     method += [name for name in names if name.startswith("method/") and name not in first]
-    taken = ("eval/", "loss/", "method/", "pseudo/", "gradients/")
+    taken = ("data/", "eval/", "loss/", "method/", "pseudo/", "gradients/")
     progress = [name for name in names if not name.startswith(taken)]
     quality = [
         _Figure(heading, meaning, svg)

@@ -85,6 +85,14 @@ class Spread:
     deviation: float | None
     count: int
 
+    @staticmethod
+    def of(numbers: Sequence[float]) -> Spread | None:
+        """Of some numbers; None of none."""
+        if not numbers:
+            return None
+        deviation = float(np.std(numbers, ddof=1)) if len(numbers) > 1 else None
+        return Spread(float(np.mean(numbers)), deviation, len(numbers))
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -105,11 +113,7 @@ class Group:
     def spread(self, value: Callable[[Mapping[str, Any]], float | None]) -> Spread | None:
         """Mean and deviation of a number of `result.json`; None when no run has it."""
         found = [value(run.result) for run in self.runs if run.result is not None]
-        numbers = [float(number) for number in found if number is not None and math.isfinite(number)]
-        if not numbers:
-            return None
-        deviation = float(np.std(numbers, ddof=1)) if len(numbers) > 1 else None
-        return Spread(float(np.mean(numbers)), deviation, len(numbers))
+        return Spread.of([float(number) for number in found if number is not None and math.isfinite(number)])
 
     def curve(self, name: str, most_points: int = 240) -> Curve | None:
         """A metric of all runs together; None when no run has it.

@@ -127,7 +127,26 @@ def test_unlabeled_images_may_be_those_of_several_pools(recipe: Path) -> None:
     assert data.unlabeled == data.unlabeled_pools == ("p/u", "s3://b/more")
     assert config_io.load(recipe).data.unlabeled_pools == ("p/u",)
     assert config_io.load(recipe, ["method=supervised", "data.unlabeled=null"]).data.unlabeled_pools == ()
-    assert "data.unlabeled must have at least 1 values" in " ".join(faults(recipe, "data.unlabeled=[]"))
+    assert "data.unlabeled must name at least one pool; got none" in " ".join(faults(recipe, "data.unlabeled=[]"))
+
+
+def test_a_mixture_of_pools_has_a_weight_each(recipe):
+    config = config_io.load(recipe, ["data.unlabeled=[{path: p/u, weight: 3}, {path: s3://b/more, weight: 1}]"])
+    assert config.data.unlabeled_pools == ("p/u", "s3://b/more")
+    assert config.data.unlabeled_weights == (3.0, 1.0)
+    assert config_io.parse(config_io.dump(config)) == config
+    assert config_io.load(recipe).data.unlabeled_weights is None
+    for given, expected in {
+        "[{path: a, weight: 2}, b]": "data.unlabeled must give a weight to all of its pools or to none; got none for b",
+        "[{path: a, weight: 0}]": "data.unlabeled.0.weight must be greater than 0.0; got 0",
+        "[{path: a, weight: 1, wieght: 1}]": "data.unlabeled.0.wieght must be a known setting; got 1. Did you mean "
+        "data.unlabeled.0.weight?",
+        "[{path: a, weight: 99}, {path: b, weight: 1}]": "train.batch.unlabeled must give every pool",
+        "[{path: a, weight: 1}, {path: s3://u:pw@b/p, weight: 1}]": "data.unlabeled.path must not hold a password",
+        "7": "data.unlabeled must be a list; got 7",
+    }.items():
+        (fault,) = faults(recipe, f"data.unlabeled={given}")
+        assert fault.startswith(expected), fault
 
 
 @pytest.fixture

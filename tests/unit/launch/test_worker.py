@@ -111,6 +111,9 @@ def test_the_run_folder_holds_what_a_run_promises(scenes, tmp_path):
     assert {"pseudo/accuracy_before", "pseudo/mining_after", "pseudo/effective_after"} <= names
     assert {row["step"] for row in rows if row["name"] == "eval/miou"} == {3, 6}
     assert [step for step, metrics in seen if "loss/total" in metrics] == [1, 2, 3, 4, 5, 6]
+    # 2 of 8 labeled and 2 of 16 unlabeled images a step
+    assert [m["data/labeled_passes"] for _, m in seen if "loss/total" in m] == [0.25, 0.5, 0.75, 1.0, 1.25, 1.5]
+    assert [m["data/unlabeled_passes"] for _, m in seen if "loss/total" in m] == [0.125 * step for step in range(1, 7)]
     pictures = json.loads((folder / "pictures" / "pictures.json").read_text())
     assert [picture["kind"] for picture in pictures] == ["unlabeled"] * 2 + ["val"] * 2
     assert all((folder / "pictures" / p["file"]).exists() for picture in pictures for p in picture["panels"])
@@ -205,6 +208,26 @@ def test_two_unlabeled_pools_are_one(scenes, tmp_path):
         run(tiny_run(scenes, tmp_path / "run", "fixmatch", "train.steps=2"))
     with pytest.raises(DataError, match=r"data\.unlabeled: pool must be a folder"):
         run(tiny_run(scenes, tmp_path / "other", "fixmatch", f"data.unlabeled=[{scenes / 'unlabeled'}, nowhere]"))
+
+
+def test_a_mixture_goes_on_as_it_would_have(scenes, tmp_path, caplog):
+    more = tmp_path / "more"
+    pack(Scenes(train=5, val=1, size=64, seed=4), more, split=1, pools=["unlabeled"], processes=1)
+    listed = [{"path": str(scenes / "unlabeled"), "weight": 3}, {"path": str(more / "unlabeled"), "weight": 1}]
+    mixture = f"data.unlabeled={json.dumps(listed)}", "train.steps=6", "train.batch.unlabeled=4"
+    seen = {}
+    whole = tiny_run(scenes, tmp_path / "whole", "fixmatch", *mixture)
+    with caplog.at_level("INFO", logger="raysemi"):
+        run(whole, lambda step, metrics: seen.setdefault(step, {}).update(metrics))
+    assert f"1.12 of {scenes / 'unlabeled'}, 1.5 of {more / 'unlabeled'}" in caplog.text
+    passes = {name: seen[6][name] for name in seen[6] if name.startswith("data/unlabeled")}
+    assert passes == {
+        "data/unlabeled_passes": 24 / 20, "data/unlabeled_passes/0": 18 / 16, "data/unlabeled_passes/1": 1.5,
+    }  # fmt: skip
+    for stop in (2, 6):
+        run(tiny_run(scenes, tmp_path / "parts", "fixmatch", *mixture, f"train.stop_at={stop}"))
+    one, two = newest(tmp_path / "whole").tensors["student"], newest(tmp_path / "parts").tensors["student"]
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_a_checkpoint_of_another_class_count_is_refused(scenes, tmp_path):
