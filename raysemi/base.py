@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -29,12 +29,27 @@ class Config(BaseModel):
         return data | kept
 
 
-def merged(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Settings that lie below those that are given, section by section: what a preset does."""
+class PresetConfig(Config):
+    """A config whose `preset` chooses a set of defaults: they lie below what is given, section by section.
+
+    A subclass has a field `preset` with a name of each set.
+    """
+
+    presets: ClassVar[Mapping[str, dict[str, Any]]] = {}
+    """Preset -> the defaults that it changes."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_below_given(cls, data: Any) -> Any:
+        preset = data.get("preset") if isinstance(data, dict) else None
+        return _merged(cls.presets[preset], data) if isinstance(preset, str) and preset in cls.presets else data
+
+
+def _merged(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     result = dict(defaults)
     for key, value in given.items():
         below = result.get(key)
-        result[key] = merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+        result[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
     return result
 
 

@@ -1,4 +1,4 @@
-"""Small real parts for tests: a network with a tiny encoder, a batch, the context of a step, boxes of masks."""
+"""Small real parts for tests: a network with a tiny encoder, a batch, a step's context, boxes of masks, a command."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner, Result
 
 from raysemi import config_io
+from raysemi.cli import app
 from raysemi.config import RunConfig
 from raysemi.data.boxes import mask_boxes, write_boxes
 from raysemi.data.pool import Pool
@@ -163,3 +165,8 @@ def true_boxes(pool: Pool, name: str = "masks", share: float = 1.0) -> None:
         one = Detections(torch.from_numpy(boxes), torch.from_numpy(labels + 1), torch.ones(len(boxes)))
         found.append(box_rows(pool.key(row), one))
     write_boxes(pool, name, found, {"things": list(pool.classes[1:]), "min_area": 20})
+
+
+def call(*arguments: object) -> Result:
+    """`raysemi ARGUMENTS`, in this process."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)

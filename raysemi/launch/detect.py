@@ -15,7 +15,6 @@ from raysemi.data.pool import Pool
 from raysemi.data.reader import Reader
 from raysemi.engine import checkpoint, distributed
 from raysemi.engine.detect import (
-    BoxCounts,
     BoxesConfig,
     DetectConfig,
     DetectorTrainer,
@@ -26,6 +25,7 @@ from raysemi.engine.detect import (
 )
 from raysemi.engine.evaluate import image_tensor, inference, predict_probabilities
 from raysemi.engine.folder import RunFolder
+from raysemi.engine.measure_boxes import BoxCounts
 from raysemi.engine.record import Record
 from raysemi.errors import CheckpointError, ConfigError
 from raysemi.launch.restore import MAY_CHANGE, Trained, load_network, open_pool

@@ -22,10 +22,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from raysemi.base import Config, choices, merged, search
+from raysemi.base import Config, PresetConfig, choices, search
 from raysemi.data.types import SemiBatch
 from raysemi.errors import ConfigError
 from raysemi.methods.auxiliary import auxiliary_head, labeled_terms
@@ -85,9 +85,10 @@ class CompatConfig(Config):
     """The bank takes a class that no label of the step has for one of confidence 0."""
 
 
-class AELConfig(Config):
+class AELConfig(PresetConfig):
     """`method.*` of `ael`."""
 
+    presets = PRESETS
     name: Literal["ael"] = "ael"
     preset: Literal["pascal", "cityscapes"] = "pascal"
     """Set of defaults, the published ones of a data set; a key that is given wins."""
@@ -116,12 +117,6 @@ class AELConfig(Config):
     average: Average = Average(kind="ema", decay=0.99, buffers="own")
     """The teacher: an average of the student's weights, with BatchNorm statistics of its own."""
     compat: CompatConfig = CompatConfig()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _preset_below_given(cls, data: Any) -> Any:
-        preset = data.get("preset") if isinstance(data, dict) else None
-        return merged(PRESETS[preset], data) if isinstance(preset, str) and preset in PRESETS else data
 
     @field_validator("average")
     @classmethod

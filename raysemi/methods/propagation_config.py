@@ -5,12 +5,11 @@ Source: Sun et al. 2024, CorrMatch, CVPR 2024, on which DerProp stands. Where pa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from raysemi.base import Config, choices, merged, search
+from raysemi.base import Config, PresetConfig, choices, search
 from raysemi.ops.losses import Criterion
 
 KlTarget = Literal["pasted", "unpasted", "drop_box"]
@@ -65,11 +64,8 @@ class CutMixConfig(Config):
         return self.partner == "pair"
 
 
-class SpreadingConfig(Config):
+class SpreadingConfig(PresetConfig):
     """What both methods spread labels by, and the coefficients of the losses that both have."""
-
-    presets: ClassVar[Mapping[str, dict[str, Any]]] = {}
-    """Preset -> the defaults that it changes."""
 
     name: str
     preset: Literal["raysemi", "reference", "paper"] = "raysemi"
@@ -95,12 +91,6 @@ class SpreadingConfig(Config):
     propagated_weight: float = Field(0.25, ge=0.0, json_schema_extra=search(0.05, 0.5))
     """Coefficient of L_c, the loss of propagated logits of unlabeled images."""
     fp: FeaturePerturbationConfig = FeaturePerturbationConfig()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _preset_below_given(cls, data: Any) -> Any:
-        preset = data.get("preset") if isinstance(data, dict) else None
-        return merged(cls.presets[preset], data) if isinstance(preset, str) and preset in cls.presets else data
 
     @property
     def labeled_weights(self) -> tuple[float, float]:

@@ -28,7 +28,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from raysemi.base import Config, choices, merged
+from raysemi.base import Config, PresetConfig, choices
 from raysemi.data.boxes import boxes_file
 from raysemi.errors import ConfigError
 from raysemi.methods.queues import ClassQueues
@@ -130,9 +130,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Preset -> the defaults that it changes."""
 
 
-class RankWeightingConfig(Config):
+class RankWeightingConfig(PresetConfig):
     """`weighting.*` of `rank`."""
 
+    presets = PRESETS
     name: Literal["rank"] = "rank"
     """rank: shared strongest channels."""
     preset: Literal["paper", "released"] = Field("paper", json_schema_extra=choices(["paper", "released"]))
@@ -170,12 +171,6 @@ class RankWeightingConfig(Config):
     """Until this step every pixel weighs as one without a prototype; the memories fill already."""
     min_count: int = Field(1, ge=1, json_schema_extra={"unit": "vectors"})
     """Labeled vectors that a class needs to have a prototype."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _preset_below_given(cls, data: Any) -> Any:
-        preset = data.get("preset") if isinstance(data, dict) else None
-        return merged(PRESETS[preset], data) if isinstance(preset, str) and preset in PRESETS else data
 
     @field_validator("detector")
     @classmethod

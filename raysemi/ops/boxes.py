@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+SAME = 0.8
+"""Overlap from which on two boxes say the same."""
 _AT_ONCE = 8  # boxes, so that no tensor holds all of an image's boxes times its pixels
 
 

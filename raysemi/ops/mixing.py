@@ -62,9 +62,7 @@ def half_boxes(uniform_U3: Tensor, height: int, width: int) -> Tensor:
     narrowest = width // 2 + 1
     box_width = narrowest + (uniform_U3[:, 0] * max(width - narrowest, 1)).long()
     box_height = (height * width + box_width) // (2 * box_width)  # rounded half up
-    left = (uniform_U3[:, 1] * (width - box_width + 1)).long()
-    top = (uniform_U3[:, 2] * (height - box_height + 1)).long()
-    return torch.stack((left, top, left + box_width, top + box_height), dim=1)
+    return _placed(uniform_U3[:, 1:], box_height, box_width, height, width)
 
 
 def log_half_boxes(uniform_U3: Tensor, height: int, width: int) -> Tensor:
@@ -81,9 +79,13 @@ def log_half_boxes(uniform_U3: Tensor, height: int, width: int) -> Tensor:
     """
     box_height = (height * 0.5 ** uniform_U3[:, 0] + 0.5).long().clamp(min=1)
     box_width = ((height * width + box_height) // (2 * box_height)).clamp(max=width)
-    left = (uniform_U3[:, 1] * (width - box_width + 1)).long()
-    top = (uniform_U3[:, 2] * (height - box_height + 1)).long()
-    return torch.stack((left, top, left + box_width, top + box_height), dim=1)
+    return _placed(uniform_U3[:, 1:], box_height, box_width, height, width)
+
+
+def _placed(uniform_U2: Tensor, box_height_U: Tensor, box_width_U: Tensor, height: int, width: int) -> Tensor:
+    left_U = (uniform_U2[:, 0] * (width - box_width_U + 1)).long()
+    top_U = (uniform_U2[:, 1] * (height - box_height_U + 1)).long()
+    return torch.stack((left_U, top_U, left_U + box_width_U, top_U + box_height_U), dim=1)
 
 
 def permuted(uniform_GS: Tensor) -> Tensor:

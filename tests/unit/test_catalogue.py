@@ -10,7 +10,8 @@ from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from raysemi import catalogue
-from raysemi.cli import MISTAKE, app
+from raysemi.cli import app
+from raysemi.cli.exits import MISTAKE
 from raysemi.config_io import load
 from raysemi.methods import METHODS
 

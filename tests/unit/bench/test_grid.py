@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 from raysemi import config_io
 from raysemi.bench.grid import Cell, GridRun, Plan, make_plan, run_grid
 from raysemi.bench.grid_report import as_json, as_markdown, read_rows
-from raysemi.cli import MISTAKE, app
+from raysemi.cli import app
+from raysemi.cli.exits import MISTAKE
 from raysemi.engine import checkpoint
 from raysemi.engine.folder import RunFolder
 from raysemi.errors import ConfigError

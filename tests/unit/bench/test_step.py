@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from raysemi.bench.passes import record
 from raysemi.bench.step import GOALS, StepBench, StepSettings, measure_step
 from raysemi.bench.step_table import as_markdown, measure_all, settings_of_all
-from raysemi.cli import MISTAKE, app
+from raysemi.cli import app
+from raysemi.cli.exits import MISTAKE
 from raysemi.errors import ConfigError
 from raysemi.methods import METHODS
 
