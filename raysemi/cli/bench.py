@@ -1,4 +1,4 @@
-"""Verbs of `raysemi bench`: `step`, `grid`."""
+"""Verbs of `raysemi bench`: `step`, `data`, `grid`."""
 
 from __future__ import annotations
 
@@ -76,6 +76,36 @@ def bench_step(
     else:
         print_table(*result.passes_table())
         typer.echo(result.summary())
+
+
+@app.command("data")
+def bench_data(
+    pool: Annotated[str, typer.Argument(help="Pool, a folder; with masks where every sample has one.")],
+    *,
+    processes: Annotated[str, typer.Option(help="Numbers of loader processes, one measurement each.")] = "0",
+    crop: Annotated[int, typer.Option(min=1, help="Side of the views, pixels.")] = 321,
+    batch: Annotated[int, typer.Option(min=1, help="Images a batch.")] = 16,
+    images: Annotated[int, typer.Option(min=1, help="Images that each reads in a turn.")] = 256,
+    turns: Annotated[int, typer.Option(min=1, help="Times that they take turns.")] = 5,
+    beside: Annotated[str, typer.Option(help="Also time these: webdataset, folder, litdata.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Time the stream of a pool against its floor: reading, decoding and resizing the same images, nothing else.
+
+    raysemi bench data pools/mine/unlabeled --processes 0,1,2 --beside webdataset,folder
+    """
+    import torch
+
+    from raysemi.bench.data import DataSettings, as_table, measure_data
+
+    torch.set_num_threads(1)  # as in a loader process
+    settings = DataSettings(crop, batch, images, turns, tuple(_words(beside)))
+    with Bar("turns") as bar:
+        results = measure_data(pool, settings, _naturals("--processes", processes), bar)
+    if as_json:
+        typer.echo(json.dumps([result.as_dict() for result in results]))
+    else:
+        print_table(*as_table(results))
 
 
 @app.command("grid")

@@ -132,7 +132,7 @@ class Stream:
 
     Args:
         config: crop, views, processes, what to do with corrupt samples.
-        pools: open pools by name: `labeled`, and `unlabeled` where it is used.
+        pools: open pools by name: `labeled` and `unlabeled`, or one of them.
         seed: seed of the run.
         batch_labeled, batch_unlabeled: global batches, images a step over all ranks.
         rank, world: this rank and the number of ranks, which divides both batches.
@@ -147,7 +147,7 @@ class Stream:
         boxes: of a detector, in the unlabeled pool; handed out with each image.
 
     Raises:
-        ConfigError: a batch that the ranks cannot share, or no labeled pool.
+        ConfigError: a batch that the ranks cannot share.
         DataError: pools without the masks that they need, or, while iterating, a sample that cannot be read.
     """
 
@@ -177,9 +177,9 @@ class Stream:
         self.processes = loader_processes(config.loader_processes, cores)
         self.pinned = pinned
         self._corrupt: set[str] = set()
-        used = ["labeled", "unlabeled"] if pools.get("unlabeled") is not None else ["labeled"]
+        used = [name for name in ("labeled", "unlabeled") if pools.get(name) is not None]
         batches = {"labeled": batch_labeled, "unlabeled": batch_unlabeled}
-        faults = [] if pools.get("labeled") is not None else ["data.labeled must be a pool; got none. Pack one."]
+        faults = [] if used else ["a stream must read at least one pool; got none. Pack one."]
         faults += [
             f"train.batch.{name} must be a positive multiple of the number of ranks, {world}; got {batches[name]}. "
             f"Change the batch or the number of ranks."

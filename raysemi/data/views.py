@@ -177,7 +177,7 @@ def label_view(mask: NDArray[np.uint8], geometry: Geometry) -> NDArray[np.uint8]
     rows = (2 * np.arange(geometry.top, geometry.top + height) + 1) * geometry.height // (2 * geometry.resized_height)
     columns = (2 * np.arange(geometry.left, geometry.left + width) + 1) * geometry.width // (2 * geometry.resized_width)
     view = np.full((geometry.crop, geometry.crop), NOT_ANNOTATED, dtype=np.uint8)
-    view[:height, :width] = mask[rows[:, None], columns]
+    view[:height, :width] = mask[rows][:, columns]  # rows first: a fifth of the time of both at once
     return _flipped(view, geometry)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +17,7 @@ from raysemi.engine.folder import RunFolder
 from raysemi.methods.base import AcrossRanks
 
 METRICS = "metrics.parquet"
+Batch = TypeVar("Batch")
 _SCHEMA = pa.schema([("step", pa.int64()), ("name", pa.string()), ("value", pa.float64())])
 
 
@@ -28,7 +29,19 @@ class Meter:
         self._sum: Tensor | None = None
         self._count = 0
         self._images = 0
+        self._waited = 0.0
         self._since = time.perf_counter()
+
+    def waiting(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches, with the time that each of them was waited for on the clock."""
+        source = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            batch = next(source, None)
+            self._waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
 
     def add(self, values: dict[str, Tensor], images: int) -> None:
         """Adds one step's scalars; no host wait.
@@ -46,15 +59,20 @@ class Meter:
     def restart_clock(self) -> None:
         """Leaves what came before (an evaluation, a checkpoint) out of the rate."""
         self._since = time.perf_counter()
-        self._images = 0
+        self._images, self._waited = 0, 0.0
 
     def read(self, across: AcrossRanks) -> dict[str, float]:
-        """Means over the steps since the last reading and over ranks, and `images_per_s` of all ranks. Resets."""
+        """Means over the steps since the last reading and over ranks, and `images_per_s` of all ranks. Resets.
+
+        `data/stall` is the share of the time in which a step waited for its batch.
+        """
         if self._sum is None:
             return {}
-        means = (across.sum(self._sum) / (self._count * across.world)).tolist()
-        elapsed = time.perf_counter() - self._since
-        metrics = dict(zip(self._names, means, strict=True))
+        stall = self._waited / max(time.perf_counter() - self._since, 1e-9)
+        summed = torch.cat((self._sum, self._sum.new_full((1,), self._count * stall)))
+        means = (across.sum(summed) / (self._count * across.world)).tolist()
+        elapsed = time.perf_counter() - self._since  # the device has done by now
+        metrics = dict(zip((*self._names, "data/stall"), means, strict=True))
         if self._images:
             metrics["images_per_s"] = self._images * across.world / max(elapsed, 1e-9)
         self._sum, self._count = None, 0

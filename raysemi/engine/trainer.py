@@ -233,7 +233,7 @@ class Trainer:
         saved = self.step
         self._meter.restart_clock()
         stopped = False
-        for host in stream:
+        for host in self._meter.waiting(stream):
             values = self.train_step(host)
             self._meter.add(values, images=len(host.keys_L) + len(host.keys_U))
             if self.step % config.log_every == 0 or self.step == config.steps:

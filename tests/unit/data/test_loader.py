@@ -266,7 +266,8 @@ def test_batches_must_divide(pools):
         "train.batch.unlabeled",
     ]
     assert len(stream({"labeled": pools["labeled"]}, world=2, batches=(2, 3))) == 4  # no unlabeled pool, no rule for it
-    with pytest.raises(ConfigError, match=r"data\.labeled must be a pool"):
+    assert len(stream({"unlabeled": pools["unlabeled"]}, world=2, batches=(3, 2))) == 4  # nor for no labeled one
+    with pytest.raises(ConfigError, match="a stream must read at least one pool"):
         stream({})
     with pytest.raises(DataError, match=r"data\.labeled must be a pool whose samples all have masks"):
         stream({"labeled": pools["unlabeled"]})

@@ -62,6 +62,30 @@ def test_the_rate_counts_images_of_all_ranks_and_leaves_pauses_out(monkeypatch):
     assert (read["images_per_s"], read["loss"]) == (3.0, 6.0)
 
 
+def test_the_share_of_the_time_that_steps_wait_for_their_batch(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("raysemi.engine.record.time.perf_counter", lambda: now[0])
+
+    def slow():
+        for batch in range(4):
+            now[0] += 3.0
+            yield batch
+
+    meter, seen = Meter(), []
+    meter.restart_clock()
+    for batch in meter.waiting(slow()):
+        now[0] += 1.0  # the step
+        add(meter, 1.0)
+        seen.append(batch)
+        if batch == 1:
+            assert meter.read(SingleRank())["data/stall"] == 0.75
+        if batch == 2:
+            now[0] += 50.0
+            meter.restart_clock()
+    assert seen == [0, 1, 2, 3]
+    assert meter.read(SingleRank())["data/stall"] == 0.75
+
+
 def test_a_meter_does_not_keep_the_graph():
     meter = Meter()
     meter.add({"loss": torch.ones((), requires_grad=True) * 2}, images=1)
