@@ -414,7 +414,7 @@ def _litdata(pool: Pool, folder: Path, settings: DataSettings) -> Source:
     writer.done()
     writer.merge()
 
-    class Chunks(litdata.StreamingDataset):  # type: ignore[misc]
+    class Chunks(litdata.StreamingDataset):
         def __getitem__(self, index: Any) -> tuple[NDArray[Any], ...]:
             sample = super().__getitem__(index)
             return views(sample["image"], sample["mask"] or None)
