@@ -130,9 +130,9 @@ class Order:
         passes = positions // self.num_samples
         within = positions - passes * self.num_samples
         rows = np.empty_like(positions)
-        for number in np.unique(passes):
+        for number in set(passes.ravel().tolist()):
             chosen = passes == number
-            rows[chosen] = self._rows(int(number), within[chosen])
+            rows[chosen] = self._rows(number, within[chosen])
         return rows, passes
 
     def _rows(self, number: int, q: Int64) -> Int64:
@@ -141,7 +141,7 @@ class Order:
             return shuffled[q]
         line = self._lane_starts[q % self._lanes] + q // self._lanes
         places = np.searchsorted(shuffled.starts, line, side="right") - 1
-        opened = [self._blocks(shuffled, place) for place in np.unique(places).tolist()]
+        opened = [self._blocks(shuffled, place) for place in sorted(set(places.tolist()))]
         starts = np.concatenate([blocks.starts for blocks in opened])
         at = np.searchsorted(starts, line, side="right") - 1
         blocks, offsets = np.concatenate([blocks.order for blocks in opened])[at], line - starts[at]

@@ -1,9 +1,9 @@
 """The rows of a pool, `index.parquet`, written and read by row groups: no process has to hold all of them.
 
 A row group holds whole shards, up to `ROWS_A_GROUP` rows; a larger shard takes several. To look a row up, its group is
-read in one request; of it the rows of the same shard stay in a cache of a fixed size, in runs of `ROWS_A_RUN`: an order
-reads a shard block by block, so that even a cache too small for all shards that are being read saves all but one
-request a block. The footer holds the SHA-256 of all groups, and `pool.json` that of the footer: an index that is not of
+read in one request; of it the rows of the same shard stay in a cache of a fixed size, in runs of `ROWS_A_RUN`. An order
+reads a shard block by block: a cache too small for all the shards that are being read still saves all but one request a
+block. The footer holds the SHA-256 of all groups, and `pool.json` that of the footer: an index that is not of
 the pool, or has other rows, is told without reading them. Each page has a checksum.
 """
 
@@ -48,13 +48,12 @@ CACHE_BYTES = 32 << 20
 _PLACES = ("image_offset", "image_bytes", "mask_offset", "mask_bytes", "height", "width")
 _FOOTER_GUESS = 1 << 16  # bytes at the end that are read at once: the whole footer of a small pool
 _MAGIC = b"PAR1"
-_DELTA = "DELTA_BINARY_PACKED"
 _FORMAT = {
     "compression": "zstd",
     "write_statistics": False,  # of no use in sorted offsets and random sizes, and a third of the footer
     "write_page_checksum": True,
     "use_dictionary": ["shard", "height", "width"],
-    "column_encoding": {"key": "DELTA_BYTE_ARRAY", **dict.fromkeys(_PLACES[:4], _DELTA)},
+    "column_encoding": dict.fromkeys(_PLACES[:4], "DELTA_BINARY_PACKED"),
 }
 _BROKEN = (OSError, pa.ArrowException, KeyError, ValueError, OverflowError)
 
@@ -171,6 +170,40 @@ class _Run(NamedTuple):
         return self.keys.nbytes + self.places.nbytes + 512
 
 
+class _Cache:
+    """Runs by name, at most `limit` bytes. Half is for those that were asked for last: what is read along with a run
+    that is missing never pushes them out, and what they push out stays as if read along."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.bytes, self._asked_bytes = limit, 0, 0
+        self.asked: OrderedDict[tuple[int, int], _Run] = OrderedDict()
+        self.along: OrderedDict[tuple[int, int], _Run] = OrderedDict()
+
+    def get(self, name: tuple[int, int]) -> _Run | None:
+        run = self.asked.get(name)
+        if run is not None:
+            self.asked.move_to_end(name)
+            return run
+        run = self.along.pop(name, None)
+        if run is not None:
+            self.asked[name] = run
+            self._asked_bytes += run.bytes
+            while self._asked_bytes > self.limit // 2 and len(self.asked) > 1:
+                other, moved = self.asked.popitem(last=False)
+                self.along[other] = moved
+                self._asked_bytes -= moved.bytes
+            while self.bytes > self.limit and self.along:
+                self.bytes -= self.along.popitem(last=False)[1].bytes
+        return run
+
+    def add(self, name: tuple[int, int], run: _Run, *, wanted: bool) -> None:
+        """Keep a run until the next `get`, and longer where there is room, first those that are `wanted`."""
+        if name not in self.asked and name not in self.along:
+            self.along[name] = run
+            self.along.move_to_end(name, last=wanted)
+            self.bytes += run.bytes
+
+
 class Rows:
     """The rows of an index, read as they are asked for. Threads may share it; a process that is forked reads anew.
 
@@ -235,11 +268,11 @@ class Rows:
         if self._process != os.getpid():
             self._begin()
         with self._lock:
-            run = self._runs.get((group, number))
+            run = self._cache.get((group, number))
             if run is None:
-                run = self._read_run(group, number, i)
-            else:
-                self._runs.move_to_end((group, number))
+                self._read_shard(group, i)
+                run = self._cache.get((group, number))
+                assert run is not None
         return cast(str, run.keys[at].as_py()), run.places[at].tolist()
 
     def groups(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
@@ -257,41 +290,28 @@ class Rows:
     def _begin(self) -> None:
         """Handles, locks and rows of a parent process are not used: their state is shared, or that of a moment."""
         self._file = self._open_file()
-        self._runs: OrderedDict[tuple[int, int], _Run] = OrderedDict()
-        self._held_bytes = 0
+        self._cache = _Cache(self._cache_bytes)
         self._lock = Lock()
         self._process = os.getpid()
 
-    def _read_run(self, group: int, number: int, i: int) -> _Run:
-        """The run that row i is in. Others of its shard stay too, and those of other shards while there is room."""
+    def _read_shard(self, group: int, i: int) -> None:
+        """Into the cache, the part of row i's shard that is in a group; the whole group where there is room."""
         table = self._group(group, ("key", "shard", *_PLACES))
-        keys = table.column("key").combine_chunks()
-        places = np.stack([table.column(name).fill_null(-1).to_numpy().astype(np.int64) for name in _PLACES], axis=1)
         start, stop = self._starts[group], self._starts[group + 1]
         shard = int(np.searchsorted(self._shard_ends, i, side="right"))
         first = max(int(self._shard_ends[shard - 1]) if shard else 0, start) - start
         last = min(int(self._shard_ends[shard]), stop) - start - 1
         own = range(first // ROWS_A_RUN, last // ROWS_A_RUN + 1)
-        runs = {  # copies, or each would hold the whole group
-            other: _Run(pa.concat_arrays([keys.slice(at, ROWS_A_RUN)]), places[at : at + ROWS_A_RUN].copy())
-            for other, at in enumerate(range(0, stop - start, ROWS_A_RUN))
-            if (group, other) not in self._runs and (other in own or self._held_bytes < self._cache_bytes)
-        }
-        for other, run in runs.items():
-            if other not in own and self._held_bytes + run.bytes <= self._cache_bytes:
-                self._hold((group, other), run)
-                self._runs.move_to_end((group, other), last=False)
-        for other, run in runs.items():
-            if other in own:
-                self._hold((group, other), run)
-        self._runs.move_to_end((group, number))
-        while self._held_bytes > self._cache_bytes and len(self._runs) > 1:
-            self._held_bytes -= self._runs.popitem(last=False)[1].bytes
-        return self._runs[group, number]
-
-    def _hold(self, name: tuple[int, int], run: _Run) -> None:
-        self._runs[name] = run
-        self._held_bytes += run.bytes
+        room = self._cache.bytes + 2 * table.nbytes < self._cache.limit
+        kept = range(-(-(stop - start) // ROWS_A_RUN)) if room else own
+        table = table.slice(kept.start * ROWS_A_RUN, len(kept) * ROWS_A_RUN)
+        keys = table.column("key").combine_chunks()
+        places = np.stack([_numbers(table.column(name)) for name in _PLACES], axis=1)
+        for number in kept:
+            at = (number - kept.start) * ROWS_A_RUN
+            # copies, or each would hold the whole group
+            run = _Run(pa.concat_arrays([keys.slice(at, ROWS_A_RUN)]), places[at : at + ROWS_A_RUN].copy())
+            self._cache.add((group, number), run, wanted=number in own)
 
     def _group(self, group: int, columns: Sequence[str]) -> pa.Table:
         schema = pa.schema([INDEX_SCHEMA.field(name) for name in columns])
@@ -308,7 +328,9 @@ class Rows:
                 page_checksum_verification=True,
             )
             table = parquet.read_row_group(group, columns=list(columns), use_threads=False)
-            table = table.select(columns).cast(schema).unify_dictionaries().combine_chunks()
+            table = table.select(columns)
+            table = table if table.schema.equals(schema) else table.cast(schema)
+            table = table.unify_dictionaries().combine_chunks()
         except DataError:
             raise
         except _BROKEN as error:
@@ -336,12 +358,25 @@ class Rows:
         counts = np.diff(self._shard_ends[lo:hi].clip(max=stop), prepend=start)
         place = {name: position for position, name in enumerate(self._shards[lo:hi])}
         column = table.column("shard").combine_chunks()
-        found = np.array([place.get(name, -1) for name in column.dictionary.to_pylist()], dtype=np.int64)
-        if not np.array_equal(found[column.indices.to_numpy()], np.repeat(np.arange(hi - lo), counts)):
+        found = np.array([*(place.get(name, -1) for name in column.dictionary.to_pylist()), -1], dtype=np.int64)
+        if not np.array_equal(found[_numbers(column.indices)], np.repeat(np.arange(hi - lo), counts)):
             raise self._broken("list the shards of pool.json in order")
 
     def _broken(self, rule: str) -> DataError:
         return DataError(f"{self._name} must {rule}. Run `raysemi verify`, then copy or pack the pool again.")
+
+
+def _numbers(column: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
+    """Integers, -1 where there is none. Not by `to_numpy`, which imports pandas: seconds, and 60 MB a process."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    there, values = array.buffers()
+    own = slice(array.offset, array.offset + len(array))
+    if values is None or array.null_count == len(array):
+        return np.full(len(array), -1, dtype=np.int64)
+    numbers = np.frombuffer(values, f"i{array.type.bit_width // 8}")[own].astype(np.int64)
+    if array.null_count:
+        numbers[np.unpackbits(np.frombuffer(there, np.uint8), bitorder="little")[own] == 0] = -1
+    return numbers
 
 
 def _footer(file: pa.NativeFile, size: int) -> bytes:
