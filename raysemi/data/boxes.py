@@ -190,7 +190,8 @@ def open_boxes(pool: AnyPool, name: str, score: float) -> PoolBoxes:
             max(part.most for part in parts),
         )
     table, _ = read_boxes(pool, name)
-    rows = pc.index_in(table.column("key"), value_set=pool.index.column("key").combine_chunks())
+    keys = pa.concat_tables(pool.rows.groups(("key",))).column("key")
+    rows = pc.index_in(table.column("key"), value_set=keys.combine_chunks())
     if rows.null_count:
         stranger = table.column("key").filter(pc.is_null(rows))[0].as_py()
         raise DataError(

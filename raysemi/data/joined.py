@@ -62,10 +62,10 @@ class JoinedPool:
         """Whether all of them lie on this machine's disks."""
         return all(pool.local for pool in self.pools)
 
-    @property
-    def index(self) -> tuple[pa.Table, ...]:
-        """The indexes, read now if they were not."""
-        return tuple(pool.index for pool in self.pools)
+    def open_index(self) -> None:
+        """Open the indexes now, so that what is wrong with them shows. Raises as `Pool.rows`."""
+        for pool in self.pools:
+            pool.open_index()
 
     def key(self, i: int) -> str:
         """Key of sample i."""

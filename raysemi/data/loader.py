@@ -207,7 +207,7 @@ class Stream:
 
     def __iter__(self) -> Iterator[HostBatch]:
         for pool in self._pools:
-            _ = pool.index  # read once, before it is shared with the processes; a broken index shows here
+            pool.open_index()  # once, before it is shared with the processes; a broken index shows here
         with warnings.catch_warnings():
             # Python 3.12 warns of any fork beside threads, torch of more processes than cores: these only read and
             # decode, and their number is a setting

@@ -8,8 +8,8 @@ block by block, while neighbouring positions come from sub-lanes that are far ap
 on the line like the teeth of a comb, L positions see min(L, shards) shards of equal size: a free shuffle of all blocks
 would not promise 16 of, say, 20 shards to each window.
 
-Tables are kept per shard and per block, never per sample, except for pools of at most 4,096 samples, which are
-shuffled whole.
+Tables are kept per shard, never per sample, except for pools of at most 4,096 samples, which are shuffled whole. The
+blocks of a shard are shuffled when it is read: the words of a counter-based generator are there for any of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -32,16 +33,31 @@ SHUFFLED_WHOLE = 4096
 LARGEST_BLOCK = 64
 FEWEST_LANES = 32
 _AT_ONCE = 8192  # positions whose blocks are shuffled together: 4 MB of keys
+_WORDS_A_COUNT = 4  # of Philox
+
+
+class _Blocks(NamedTuple):
+    """One shard in one pass: its blocks as they stand on the line."""
+
+    order: Int64
+    """Number of the block in its shard, from 0."""
+    starts: Int64
+    """Line position of the block's first sample."""
 
 
 @dataclass(frozen=True)
 class _Line:
-    """One pass of a large pool: its blocks as they stand on the line."""
+    """One pass of a large pool: its shards as they stand on the line."""
 
-    blocks: Int64
+    shards: Int64
+    """Shard by place."""
     starts: Int64
-    """Line position of each block's first sample, and N at the end."""
+    """Line position of each place's first sample, and N at the end."""
+    seed: int
+    """Key of the generator that shuffles shards and blocks."""
     key: np.uint64
+    opened: OrderedDict[int, _Blocks] = field(default_factory=OrderedDict)
+    """The shards that were read last, by place."""
 
 
 class Order:
@@ -79,13 +95,10 @@ class Order:
         self._lane_starts = _spread(lengths)
         self.block = min(max(self.num_samples // (16 * lanes), 1), LARGEST_BLOCK)
         if self.num_samples > SHUFFLED_WHOLE:
-            blocks = -(-rows // self.block)
-            self._num_shards = len(rows)
-            self._shard_of_block = np.repeat(np.arange(len(rows), dtype=np.int32), blocks)
-            shard_first = np.cumsum(rows) - rows
-            within = np.arange(blocks.sum()) - np.repeat(np.cumsum(blocks) - blocks, blocks)
-            self._block_first = np.repeat(shard_first, blocks) + within * self.block
-            self._block_rows = np.minimum(np.repeat(rows, blocks) - within * self.block, self.block).astype(np.int32)
+            self._shard_rows = rows
+            self._shard_first = np.cumsum(rows) - rows
+            self._shard_blocks = -(-rows // self.block)
+            self._first_block = np.cumsum(self._shard_blocks) - self._shard_blocks
 
     def step(self, t: int) -> tuple[Int64, Int64]:
         """All samples of global step t.
@@ -117,9 +130,9 @@ class Order:
         passes = positions // self.num_samples
         within = positions - passes * self.num_samples
         rows = np.empty_like(positions)
-        for number in np.unique(passes):
+        for number in set(passes.ravel().tolist()):
             chosen = passes == number
-            rows[chosen] = self._rows(int(number), within[chosen])
+            rows[chosen] = self._rows(number, within[chosen])
         return rows, passes
 
     def _rows(self, number: int, q: Int64) -> Int64:
@@ -127,19 +140,39 @@ class Order:
         if isinstance(shuffled, np.ndarray):
             return shuffled[q]
         line = self._lane_starts[q % self._lanes] + q // self._lanes
-        at = np.searchsorted(shuffled.starts, line, side="right") - 1
-        blocks, offsets = shuffled.blocks[at], line - shuffled.starts[at]
+        places = np.searchsorted(shuffled.starts, line, side="right") - 1
+        opened = [self._blocks(shuffled, place) for place in sorted(set(places.tolist()))]
+        starts = np.concatenate([blocks.starts for blocks in opened])
+        at = np.searchsorted(starts, line, side="right") - 1
+        blocks, offsets = np.concatenate([blocks.order for blocks in opened])[at], line - starts[at]
+        shards = shuffled.shards[places]
+        block_rows = np.minimum(self._shard_rows[shards] - blocks * self.block, self.block)
+        numbers = self._first_block[shards] + blocks
         for first in range(0, len(q), _AT_ONCE):
             part = slice(first, first + _AT_ONCE)
-            offsets[part] = self._shuffled_inside(shuffled.key, blocks[part], offsets[part])
-        return self._block_first[blocks] + offsets
+            offsets[part] = self._shuffled_inside(shuffled.key, numbers[part], block_rows[part], offsets[part])
+        return self._shard_first[shards] + blocks * self.block + offsets
 
-    def _shuffled_inside(self, key: np.uint64, blocks: Int64, offsets: Int64) -> Int64:
+    def _blocks(self, line: _Line, place: int) -> _Blocks:
+        """The blocks of the shard at a place; those of the shards read last are kept, of two for each sub-lane."""
+        blocks = line.opened.pop(place, None)
+        if blocks is None:
+            shard = int(line.shards[place])
+            count = int(self._shard_blocks[shard])
+            counter, before = divmod(len(line.shards) + int(self._first_block[shard]), _WORDS_A_COUNT)
+            words = np.random.Philox(key=line.seed, counter=counter).random_raw(before + count)[before:]
+            order = np.argsort(words >> np.uint64(24), kind="stable")
+            lengths = np.minimum(self._shard_rows[shard] - order * self.block, self.block)
+            blocks = _Blocks(order, line.starts[place] + np.cumsum(lengths) - lengths)
+        line.opened[place] = blocks
+        if len(line.opened) > 2 * self._lanes:
+            line.opened.popitem(last=False)
+        return blocks
+
+    def _shuffled_inside(self, key: np.uint64, blocks: Int64, block_rows: Int64, offsets: Int64) -> Int64:
         columns = np.arange(self.block, dtype=np.uint64)
         keys = _mixed(_mixed(blocks.astype(np.uint64) + key)[:, None] ^ _mixed(columns)) >> np.uint64(1)
-        keys[columns >= self._block_rows[blocks, None]] = np.iinfo(
-            np.uint64
-        ).max  # a short block's missing rows go last
+        keys[columns >= block_rows[:, None]] = np.iinfo(np.uint64).max  # a short block's missing rows go last
         order = np.argsort(keys, axis=1, kind="stable")
         return order[np.arange(len(blocks)), offsets]
 
@@ -148,25 +181,23 @@ class Order:
             self._passes.move_to_end(number)
             return self._passes[number]
         digest = hashlib.blake2b(f"{self._name}/{number}".encode(), digest_size=24).digest()
-        # raw words and a stable sort: numpy may change its `permutation`, not the bits of Philox
-        philox = np.random.Philox(key=int.from_bytes(digest[:16], "little"))
-        shuffled: Int64 | _Line
+        seed = int.from_bytes(digest[:16], "little")
         if self.num_samples <= SHUFFLED_WHOLE:
-            shuffled = np.argsort(philox.random_raw(self.num_samples), kind="stable")
+            shuffled: Int64 | _Line = _permutation(seed, self.num_samples)
         else:
-            shard_place = np.empty(self._num_shards, dtype=np.uint64)
-            shard_place[np.argsort(philox.random_raw(self._num_shards), kind="stable")] = np.arange(self._num_shards)
-            words = philox.random_raw(len(self._block_first))
-            words >>= np.uint64(24)
-            words |= shard_place[self._shard_of_block] << np.uint64(40)
-            blocks = np.argsort(words, kind="stable")
-            starts = np.zeros(len(blocks) + 1, dtype=np.int64)
-            np.cumsum(self._block_rows[blocks], out=starts[1:])
-            shuffled = _Line(blocks, starts, np.uint64(int.from_bytes(digest[16:], "little")))
+            shards = _permutation(seed, len(self._shard_rows))
+            starts = np.zeros(len(shards) + 1, dtype=np.int64)
+            np.cumsum(self._shard_rows[shards], out=starts[1:])
+            shuffled = _Line(shards, starts, seed, np.uint64(int.from_bytes(digest[16:], "little")))
         self._passes[number] = shuffled
         if len(self._passes) > 2:  # a step touches two passes at most, or the pool is smaller than a batch
             self._passes.popitem(last=False)
         return shuffled
+
+
+def _permutation(seed: int, count: int) -> Int64:
+    # raw words and a stable sort: numpy may change its `permutation`, not the bits of Philox
+    return np.argsort(np.random.Philox(key=seed).random_raw(count), kind="stable")
 
 
 def _spread(lengths: Int64) -> Int64:

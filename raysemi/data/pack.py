@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ from typing import Any
 from pyarrow import fs
 
 from raysemi.data.choose import POOLS, choose_entries, file_stats, raise_faults, same_images
-from raysemi.data.pool import FORMAT_VERSION, INDEX_FILE, POOL_FILE, Pool, write_index
+from raysemi.data.pool import FORMAT_VERSION, INDEX_FILE, POOL_FILE, Pool, Shard, write_index
 from raysemi.data.shard import PARTS, Entry, ShardPlan, Stat, fingerprint, read_part, write_shard
 from raysemi.data.sources import Source
 from raysemi.data.splits import split_origin
@@ -213,17 +213,22 @@ def _check_space(plans: Sequence[PoolPlan], stats: Mapping[Path, Stat]) -> None:
 
 def _finish(plan: PoolPlan, source: Source, made: Mapping[str, Any]) -> None:
     """Index and `pool.json` from the part files, which then go."""
-    shards, rows = [], []
-    for shard_plan in plan.shards:
-        part = read_part(shard_plan)
-        if part is None:
-            raise DataError(f"{shard_plan.path} must stay until pack is done; it has changed. Run the command again.")
-        shards.append(part[0])
-        rows += part[1]
+    shards: list[Shard] = []
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for shard_plan in plan.shards:
+            part = read_part(shard_plan)
+            if part is None:
+                raise DataError(
+                    f"{shard_plan.path} must stay until pack is done; it has changed. Run the command again."
+                )
+            shards.append(part[0])
+            yield from part[1]
+
     write_index(
         fs.LocalFileSystem(),
         str(plan.folder),
-        rows=rows,
+        rows=rows(),
         shards=shards,
         classes=source.classes,
         palette=source.palette,

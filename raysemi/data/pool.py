@@ -1,7 +1,7 @@
 """A pool: a folder of tar shards with an index of where each image and mask lies, on a disk or in an object store.
 
 labeled-000000.tar ...   KEY.jpg|jpeg|png|webp and, where there is one, KEY.mask.png
-index.parquet            one row a sample, in the order of the shards; offsets point at the payload
+index.parquet            one row a sample, in the order of the shards (`rows.py`); offsets point at the payload
 pool.json                format version, class names, palette, counts, a digest per shard
 """
 
@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property
-from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, cast
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyarrow import fs
 
+from raysemi.data.rows import INDEX_SCHEMA, Rows, whole_shards, write_rows
 from raysemi.errors import DataError
 
 FORMAT_VERSION = 1
@@ -32,26 +32,11 @@ MASK_SUFFIX = "mask.png"
 NOT_ANNOTATED = 255
 """Value of a mask where nothing is annotated."""
 
-INDEX_SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("shard", pa.dictionary(pa.int32(), pa.string())),
-        ("image_offset", pa.int64()),
-        ("image_bytes", pa.int64()),
-        ("mask_offset", pa.int64()),
-        ("mask_bytes", pa.int64()),
-        ("height", pa.int32()),
-        ("width", pa.int32()),
-        ("class_pixels", pa.list_(pa.int64())),
-    ]
-)
-
 _CHUNK_BYTES = 1 << 22
-_ROWS_A_GROUP = 1 << 16
+_PLAIN_SHARD = re.compile(r"(?!/)(?!(?:.*/)?\.\./)[^:\\\0]+\.tar", re.DOTALL)
 
 
-@dataclass(frozen=True)
-class Shard:
+class Shard(NamedTuple):
     """A tar file of a pool: its name below the pool's folder, its samples, its length and its SHA-256."""
 
     name: str
@@ -91,6 +76,8 @@ class Pool:
         self.made: dict[str, Any] = dict(content.get("made", {}))
         """How the pool was made: source, split, recipe."""
         self._index_sha256 = str(content["index_sha256"])
+        footer = content.get("index_footer_sha256")  # absent in pools of before
+        self._index_footer_sha256 = None if footer is None else str(footer)
 
     @classmethod
     def open(cls, path: str | Path, filesystem: fs.FileSystem | None = None) -> Pool:
@@ -131,7 +118,7 @@ class Pool:
             raise DataError(f"pool must hold samples; got an empty one at {path}. Pack it again.")
         return pool
 
-    @property
+    @cached_property
     def shards(self) -> tuple[str, ...]:
         """Names of the shards, in the order of the index."""
         return tuple(shard.name for shard in self.shard_files)
@@ -163,42 +150,29 @@ class Pool:
         return self.num_masks == self.num_samples
 
     @cached_property
-    def index(self) -> pa.Table:
-        """The whole index, one row a sample.
+    def rows(self) -> Rows:
+        """The index, of which no row is read yet.
 
         Raises:
             DataError: it is missing, broken, or not the one that was written with this `pool.json`.
         """
-        name = f"{self.folder}/{INDEX_FILE}"
-        try:
-            with self.filesystem.open_input_file(name) as file:
-                content = file.read_buffer()  # whole: every column is needed, and its digest
-            # A stale index may list the same shards, and its offsets would point into other bytes.
-            if hashlib.sha256(content).hexdigest() != self._index_sha256:
-                raise DataError(
-                    f"{self.path}/{INDEX_FILE} must be the one that was written with {POOL_FILE}; got another. Copy "
-                    f"both from one place, or pack the pool again (shards of others: `raysemi index`)."
-                )
-            table = pq.read_table(pa.BufferReader(content), read_dictionary=["shard"])
-            table = table.select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA).unify_dictionaries().combine_chunks()
-        except (OSError, pa.ArrowException, KeyError) as error:
-            raise DataError(f"{self.path}/{INDEX_FILE} must be a readable index; got {error}. {_AGAIN}") from error
-        expected = np.repeat(np.arange(len(self.shards)), self.shard_rows)
-        if table.num_rows != self.num_samples:
-            raise DataError(
-                f"{self.path}/{INDEX_FILE} must have {self.num_samples} rows; got {table.num_rows}. {_AGAIN}"
-            )
-        shard_column = table.column("shard").chunk(0)
-        place = {shard: position for position, shard in enumerate(self.shards)}
-        names = np.array([place.get(shard, -1) for shard in shard_column.dictionary.to_pylist()], dtype=np.int64)
-        if not np.array_equal(names[shard_column.indices.to_numpy()], expected):
-            raise DataError(f"{self.path}/{INDEX_FILE} must list the shards of {POOL_FILE} in order. {_AGAIN}")
-        return table
+        return Rows(
+            lambda: self.filesystem.open_input_file(f"{self.folder}/{INDEX_FILE}"),
+            f"{self.path}/{INDEX_FILE}",
+            self.shards,
+            self.shard_rows,
+            self._index_sha256,
+            self._index_footer_sha256,
+        )
 
-    @cached_property
-    def _places(self) -> NDArray[np.int64]:
-        columns = ("image_offset", "image_bytes", "mask_offset", "mask_bytes", "height", "width")
-        return np.stack([self.index.column(name).fill_null(-1).to_numpy().astype(np.int64) for name in columns], axis=1)
+    def open_index(self) -> None:
+        """Open the index now, so that what is wrong with it shows. Raises as `rows`."""
+        _ = self.rows
+
+    @property
+    def index(self) -> pa.Table:
+        """The whole index, one row a sample, read at each call: for small pools. Raises as `rows`."""
+        return pa.concat_tables(self.rows.groups()).unify_dictionaries().combine_chunks()
 
     @cached_property
     def _shard_ends(self) -> NDArray[np.int64]:
@@ -206,15 +180,15 @@ class Pool:
 
     def key(self, i: int) -> str:
         """Key of sample i."""
-        return cast(str, self.index.column("key").chunk(0)[i].as_py())
+        return self.rows.row(i)[0]
 
     def row(self, i: int) -> Row:
         """Where sample i lies, i from 0 to num_samples - 1."""
-        image_offset, image_bytes, mask_offset, mask_bytes, height, width = self._places[i].tolist()
+        key, (image_offset, image_bytes, mask_offset, mask_bytes, height, width) = self.rows.row(i)
         shard = self.shard_files[int(np.searchsorted(self._shard_ends, i, side="right"))].name
         if mask_offset < 0:
-            return Row(self.key(i), shard, image_offset, image_bytes, None, None, height, width)
-        return Row(self.key(i), shard, image_offset, image_bytes, mask_offset, mask_bytes, height, width)
+            return Row(key, shard, image_offset, image_bytes, None, None, height, width)
+        return Row(key, shard, image_offset, image_bytes, mask_offset, mask_bytes, height, width)
 
     def open_shard(self, name: str) -> pa.NativeFile:
         """A shard, open for reads at any offset.
@@ -228,7 +202,7 @@ class Pool:
             raise DataError(f"shard {name} of {self.path} must be readable; got {error}. {_AGAIN}") from error
 
     def __getstate__(self) -> dict[str, Any]:
-        cached = ("index", "_places", "_shard_ends")
+        cached = ("rows", "shards", "shard_rows", "_shard_ends")
         return {name: value for name, value in self.__dict__.items() if name not in cached}
 
 
@@ -258,9 +232,7 @@ def check_shard_name(name: str, where: str) -> None:
     Raises:
         DataError: the name is not a plain relative path of a tar file.
     """
-    parts = PurePosixPath(name).parts
-    plain = bool(parts) and ".." not in parts and not name.startswith("/") and not {":", "\\", "\0"} & set(name)
-    if not plain or not name.endswith(".tar"):
+    if not _PLAIN_SHARD.fullmatch(name):
         raise DataError(f"shard must be a .tar file inside the pool {where}; got {name!r}. Do not use this pool.")
 
 
@@ -268,7 +240,7 @@ def write_index(
     filesystem: fs.FileSystem,
     folder: str,
     *,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Iterable[Mapping[str, Any]],
     shards: Sequence[Shard],
     classes: Sequence[str],
     palette: Sequence[tuple[int, int, int]],
@@ -278,8 +250,9 @@ def write_index(
 
     Args:
         filesystem, folder: where the shards lie already.
-        rows: one mapping a sample with the fields of `INDEX_SCHEMA`, in the order of the shards.
-        shards: all shards in order.
+        rows: one mapping a sample with the fields of `INDEX_SCHEMA`, in the order of the shards; a row group of them is
+            held at a time.
+        shards: all shards in order; looked at after the rows.
         classes: class names, position = value in the masks.
         palette: RGB of each class.
         made: how the pool was made, for people.
@@ -287,22 +260,41 @@ def write_index(
     Raises:
         DataError: no room or no permission; the cause is the system's error.
     """
-    sink = pa.BufferOutputStream()
-    pq.write_table(
-        pa.Table.from_pylist(list(rows), schema=INDEX_SCHEMA), sink, row_group_size=_ROWS_A_GROUP, compression="zstd"
+    write_index_groups(
+        filesystem,
+        folder,
+        groups=(pa.Table.from_pylist(group, schema=INDEX_SCHEMA) for group in whole_shards(rows)),
+        shards=shards,
+        classes=classes,
+        palette=palette,
+        made=made,
     )
-    index = sink.getvalue().to_pybytes()
+
+
+def write_index_groups(
+    filesystem: fs.FileSystem,
+    folder: str,
+    *,
+    groups: Iterable[pa.Table],
+    shards: Sequence[Shard],
+    classes: Sequence[str],
+    palette: Sequence[tuple[int, int, int]],
+    made: Mapping[str, Any] | None = None,
+) -> None:
+    """As `write_index`, from tables of `INDEX_SCHEMA`, a row group each (`rows.whole_shards`)."""
+    with whole_file(filesystem, f"{folder}/{INDEX_FILE}") as stream:
+        index = write_rows(stream, groups)
     content = {
         "format": FORMAT_VERSION,
         "classes": list(classes),
         "palette": [list(colour) for colour in palette],
-        "samples": len(rows),
-        "masks": sum(row["mask_offset"] is not None for row in rows),
-        "shards": [asdict(shard) for shard in shards],
-        "index_sha256": hashlib.sha256(index).hexdigest(),
+        "samples": index.samples,
+        "masks": index.masks,
+        "shards": [shard._asdict() for shard in shards],
+        "index_sha256": index.sha256,
+        "index_footer_sha256": index.footer_sha256,
         "made": dict(made or {}),
     }
-    write_whole(filesystem, f"{folder}/{INDEX_FILE}", index)
     write_whole(filesystem, f"{folder}/{POOL_FILE}", json.dumps(content, indent=1, ensure_ascii=False).encode())
 
 
@@ -312,17 +304,26 @@ def write_whole(filesystem: fs.FileSystem, name: str, content: bytes | pa.Buffer
     Raises:
         DataError: no room or no permission; the cause is the system's error.
     """
+    with whole_file(filesystem, name) as stream:
+        stream.write(content)
+
+
+@contextmanager
+def whole_file(filesystem: fs.FileSystem, name: str) -> Iterator[pa.NativeFile]:
+    """A stream into a file that is whole or not there. Raises as `write_whole`."""
     # object stores show a file only when it is complete; elsewhere a rename does that
     beside = f"{name}.part" if isinstance(filesystem, fs.LocalFileSystem) else name
     try:
         with filesystem.open_output_stream(beside) as stream:
-            stream.write(content)
+            yield stream
         if beside != name:
             filesystem.move(beside, name)
-    except OSError as error:
+    except BaseException as error:
         if beside != name:
             with suppress(OSError):
                 Path(beside).unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         raise DataError(
             f"{name} must be writable; got {error}. Free space or get leave to write, run it again."
         ) from error

@@ -294,10 +294,11 @@ def _own_share(
 
 def same_size_batches(pool: Pool, batch: int) -> list[list[int]]:
     """All rows of a pool in batches of images of one size, nearly in the order of the index."""
-    heights, widths = (pool.index.column(name).to_numpy() for name in ("height", "width"))
+    groups = pool.rows.groups(("height", "width"))
+    sizes = (size for group in groups for size in zip(*(column.to_pylist() for column in group.columns), strict=True))
     waiting: dict[tuple[int, int], list[int]] = defaultdict(list)
     batches = []
-    for row, size in enumerate(zip(heights.tolist(), widths.tolist(), strict=True)):
+    for row, size in enumerate(sizes):
         waiting[size].append(row)
         if len(waiting[size]) == batch:
             batches.append(waiting.pop(size))

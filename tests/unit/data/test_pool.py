@@ -153,9 +153,10 @@ EMPTY = json.dumps(
 
 
 def rewrite(path, content):
-    """Another index, which `pool.json` promises."""
+    """Another index, which `pool.json` promises as it did before it named footers."""
     (path / "index.parquet").write_bytes(content)
     pool = json.loads((path / "pool.json").read_text())
+    del pool["index_footer_sha256"]
     pool["index_sha256"] = hashlib.sha256(content).hexdigest()
     (path / "pool.json").write_text(json.dumps(pool))
 

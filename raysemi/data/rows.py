@@ -1,0 +1,388 @@
+"""The rows of a pool, `index.parquet`, written and read by row groups: no process has to hold all of them.
+
+A row group holds whole shards, up to `ROWS_A_GROUP` rows; a larger shard takes several. To look a row up, its group is
+read in one request; of it the rows of the same shard stay in a cache of a fixed size, in runs of `ROWS_A_RUN`. An order
+reads a shard block by block: a cache too small for all the shards that are being read still saves all but one request a
+block. The footer holds the SHA-256 of all groups, and `pool.json` that of the footer: an index that is not of
+the pool, or has other rows, is told without reading them. Each page has a checksum.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby, islice
+from operator import itemgetter
+from threading import Lock
+from typing import IO, Any, NamedTuple, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from raysemi.errors import DataError
+
+INDEX_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("shard", pa.dictionary(pa.int32(), pa.string())),
+        ("image_offset", pa.int64()),
+        ("image_bytes", pa.int64()),
+        ("mask_offset", pa.int64()),
+        ("mask_bytes", pa.int64()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("class_pixels", pa.list_(pa.int64())),
+    ]
+)
+ROWS_A_GROUP = 1 << 15
+"""Rows of a group at most. Fewer make a footer that is slow to read, more make each group so: see docs/data.md."""
+ROWS_A_RUN = 256
+CACHE_BYTES = 32 << 20
+"""Rows that a pool keeps in a process."""
+
+_PLACES = ("image_offset", "image_bytes", "mask_offset", "mask_bytes", "height", "width")
+_FOOTER_GUESS = 1 << 16  # bytes at the end that are read at once: the whole footer of a small pool
+_MAGIC = b"PAR1"
+_FORMAT = {
+    "compression": "zstd",
+    "write_statistics": False,  # of no use in sorted offsets and random sizes, and a third of the footer
+    "write_page_checksum": True,
+    "use_dictionary": ["shard", "height", "width"],
+    "column_encoding": dict.fromkeys(_PLACES[:4], "DELTA_BINARY_PACKED"),
+}
+_BROKEN = (OSError, pa.ArrowException, KeyError, ValueError, OverflowError)
+
+
+class Written(NamedTuple):
+    """What `pool.json` says of an index."""
+
+    samples: int
+    masks: int
+    sha256: str
+    """Of the whole file."""
+    footer_sha256: str
+    """Of what follows the last row group."""
+
+
+def whole_shards(rows: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
+    """Rows in the order of their shards, a list a row group."""
+    group: list[Mapping[str, Any]] = []
+    for _, of_shard in groupby(rows, key=itemgetter("shard")):
+        while part := list(islice(of_shard, ROWS_A_GROUP)):
+            if group and len(group) + len(part) > ROWS_A_GROUP:
+                yield group
+                group = []
+            group += part
+    if group:
+        yield group
+
+
+def write_rows(stream: IO[bytes], groups: Iterable[pa.Table]) -> Written:
+    """Write an index.
+
+    Args:
+        stream: where to; it stays open.
+        groups: tables of `INDEX_SCHEMA`, each of whole shards (`whole_shards`), in order.
+    """
+    sink = _Sink(stream)
+    samples = masks = 0
+    with pq.ParquetWriter(sink, INDEX_SCHEMA, **_FORMAT) as writer:
+        for group in groups:
+            writer.write_table(group, row_group_size=max(group.num_rows, 1))
+            samples += group.num_rows
+            masks += group.num_rows - group.column("mask_offset").null_count
+        writer.add_key_value_metadata({"rows_sha256": sink.whole.hexdigest()})
+        sink.footer = hashlib.sha256()
+    return Written(samples, masks, sink.whole.hexdigest(), sink.footer.hexdigest())
+
+
+class _Sink:
+    """A stream that names what goes through it."""
+
+    closed = False
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._at = 0
+        self.whole = hashlib.sha256()
+        self.footer: Any = None
+
+    def write(self, data: bytes) -> int:
+        self._stream.write(data)
+        self.whole.update(data)
+        if self.footer is not None:
+            self.footer.update(data)
+        self._at += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self._at
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class _Window:
+    """A file of which one stretch was read, for a reader that wants no other."""
+
+    closed = False
+
+    def __init__(self, start: int, data: bytes, size: int) -> None:
+        self._start, self._data, self._size, self._at = start, memoryview(data), size, 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, length: int) -> bytes:
+        first = self._at - self._start
+        if first < 0:
+            raise OSError(f"columns must lie together; got one at {self._at}, before {self._start}")
+        data = self._data[first : first + length].tobytes()
+        self._at += len(data)
+        return data
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class _Run(NamedTuple):
+    """Some consecutive rows."""
+
+    keys: pa.StringArray
+    places: NDArray[np.int64]
+    """int64 [rows, 6], `_PLACES`; -1 for none."""
+
+    @property
+    def bytes(self) -> int:
+        """What it takes in memory, about."""
+        return self.keys.nbytes + self.places.nbytes + 512
+
+
+class _Cache:
+    """Runs by name, at most `limit` bytes. Half is for those that were asked for last: what is read along with a run
+    that is missing never pushes them out, and what they push out stays as if read along."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.bytes, self._asked_bytes = limit, 0, 0
+        self.asked: OrderedDict[tuple[int, int], _Run] = OrderedDict()
+        self.along: OrderedDict[tuple[int, int], _Run] = OrderedDict()
+
+    def get(self, name: tuple[int, int]) -> _Run | None:
+        run = self.asked.get(name)
+        if run is not None:
+            self.asked.move_to_end(name)
+            return run
+        run = self.along.pop(name, None)
+        if run is not None:
+            self.asked[name] = run
+            self._asked_bytes += run.bytes
+            while self._asked_bytes > self.limit // 2 and len(self.asked) > 1:
+                other, moved = self.asked.popitem(last=False)
+                self.along[other] = moved
+                self._asked_bytes -= moved.bytes
+            while self.bytes > self.limit and self.along:
+                self.bytes -= self.along.popitem(last=False)[1].bytes
+        return run
+
+    def add(self, name: tuple[int, int], run: _Run, *, wanted: bool) -> None:
+        """Keep a run until the next `get`, and longer where there is room, first those that are `wanted`."""
+        if name not in self.asked and name not in self.along:
+            self.along[name] = run
+            self.along.move_to_end(name, last=wanted)
+            self.bytes += run.bytes
+
+
+class Rows:
+    """The rows of an index, read as they are asked for. Threads may share it; a process that is forked reads anew.
+
+    Args:
+        open_file: opens the file, for reads at any offset.
+        name: the file, for errors.
+        shards, shard_rows: names and samples of the shards, in order.
+        sha256: of the whole file.
+        footer_sha256: of what follows the last row group; None where `pool.json` does not say, then all is read once.
+        cache_bytes: what it keeps in memory at most, besides the footer.
+
+    Raises:
+        DataError: the file is missing, broken, or not the one that was written with the pool's `pool.json`.
+    """
+
+    def __init__(
+        self,
+        open_file: Callable[[], pa.NativeFile],
+        name: str,
+        shards: Sequence[str],
+        shard_rows: NDArray[np.int64],
+        sha256: str,
+        footer_sha256: str | None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        self._open_file, self._name, self._shards = open_file, name, shards
+        self._shard_ends = np.cumsum(shard_rows)
+        self._cache_bytes = cache_bytes
+        try:
+            self._begin()
+            self._size = self._file.size()
+            footer = _footer(self._file, self._size)
+            if footer_sha256 is None:
+                self._file.seek(0)
+                same = hashlib.file_digest(self._file, "sha256").hexdigest() == sha256
+            else:
+                same = hashlib.sha256(footer).hexdigest() == footer_sha256
+            if not same:  # it may list the same shards, and its offsets would point into other bytes
+                raise DataError(
+                    f"{name} must be the one that was written with pool.json; got another. Copy both from one place, "
+                    f"or pack the pool again (shards of others: `raysemi index`)."
+                )
+            self._metadata = pq.read_metadata(pa.BufferReader(_MAGIC + footer))
+            groups = [self._metadata.row_group(group).num_rows for group in range(self._metadata.num_row_groups)]
+        except DataError:
+            raise
+        except _BROKEN as error:
+            raise self._broken(f"be a readable index; got {error}") from error
+        self._starts = [0, *np.cumsum(groups).tolist()]
+        """First row of each group, and the number of rows at the end."""
+        if self._starts[-1] != self._shard_ends[-1]:
+            raise self._broken(f"have {self._shard_ends[-1]} rows; got {self._starts[-1]}")
+
+    def row(self, i: int) -> tuple[str, list[int]]:
+        """Key of row i, and its image_offset, image_bytes, mask_offset, mask_bytes, height and width; -1 for none.
+
+        Raises:
+            DataError: its group is broken.
+        """
+        group = bisect_right(self._starts, i) - 1
+        number, at = divmod(i - self._starts[group], ROWS_A_RUN)
+        if self._process != os.getpid():
+            self._begin()
+        with self._lock:
+            run = self._cache.get((group, number))
+            if run is None:
+                self._read_shard(group, i)
+                run = self._cache.get((group, number))
+                assert run is not None
+        return cast(str, run.keys[at].as_py()), run.places[at].tolist()
+
+    def groups(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """All rows, a table a row group; nothing of it is kept.
+
+        Args:
+            columns: of `INDEX_SCHEMA`; None = all.
+
+        Raises:
+            DataError: a group is broken.
+        """
+        for group in range(len(self._starts) - 1):
+            yield self._group(group, INDEX_SCHEMA.names if columns is None else columns)
+
+    def _begin(self) -> None:
+        """Handles, locks and rows of a parent process are not used: their state is shared, or that of a moment."""
+        self._file = self._open_file()
+        self._cache = _Cache(self._cache_bytes)
+        self._lock = Lock()
+        self._process = os.getpid()
+
+    def _read_shard(self, group: int, i: int) -> None:
+        """Into the cache, the part of row i's shard that is in a group; the whole group where there is room."""
+        table = self._group(group, ("key", "shard", *_PLACES))
+        start, stop = self._starts[group], self._starts[group + 1]
+        shard = int(np.searchsorted(self._shard_ends, i, side="right"))
+        first = max(int(self._shard_ends[shard - 1]) if shard else 0, start) - start
+        last = min(int(self._shard_ends[shard]), stop) - start - 1
+        own = range(first // ROWS_A_RUN, last // ROWS_A_RUN + 1)
+        room = self._cache.bytes + 2 * table.nbytes < self._cache.limit
+        kept = range(-(-(stop - start) // ROWS_A_RUN)) if room else own
+        table = table.slice(kept.start * ROWS_A_RUN, len(kept) * ROWS_A_RUN)
+        keys = table.column("key").combine_chunks()
+        places = np.stack([_numbers(table.column(name)) for name in _PLACES], axis=1)
+        for number in kept:
+            at = (number - kept.start) * ROWS_A_RUN
+            # copies, or each would hold the whole group
+            run = _Run(pa.concat_arrays([keys.slice(at, ROWS_A_RUN)]), places[at : at + ROWS_A_RUN].copy())
+            self._cache.add((group, number), run, wanted=number in own)
+
+    def _group(self, group: int, columns: Sequence[str]) -> pa.Table:
+        schema = pa.schema([INDEX_SCHEMA.field(name) for name in columns])
+        try:
+            if self._process != os.getpid():
+                self._begin()
+            start, stop = self._stretch(group, columns)
+            window = _Window(start, self._file.read_at(stop - start, start), self._size)
+            parquet = pq.ParquetFile(
+                pa.PythonFile(window, mode="r"),
+                metadata=self._metadata,
+                read_dictionary=["shard"],
+                pre_buffer=False,
+                page_checksum_verification=True,
+            )
+            table = parquet.read_row_group(group, columns=list(columns), use_threads=False)
+            table = table.select(columns)
+            table = table if table.schema.equals(schema) else table.cast(schema)
+            table = table.unify_dictionaries().combine_chunks()
+        except DataError:
+            raise
+        except _BROKEN as error:
+            raise self._broken(f"be a readable index; got {error}") from error
+        if "shard" in columns:
+            self._check_shards(group, table)
+        return table
+
+    def _stretch(self, group: int, columns: Sequence[str]) -> tuple[int, int]:
+        """Where the columns of a group lie in the file."""
+        row_group = self._metadata.row_group(group)
+        chunks = [row_group.column(column) for column in range(row_group.num_columns)]
+        chunks = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns]
+        starts = [
+            chunk.data_page_offset if not chunk.has_dictionary_page else chunk.dictionary_page_offset
+            for chunk in chunks
+        ]
+        ends = [start + chunk.total_compressed_size for start, chunk in zip(starts, chunks, strict=True)]
+        return min(starts), min(max(ends), self._size)
+
+    def _check_shards(self, group: int, table: pa.Table) -> None:
+        start, stop = self._starts[group], self._starts[group + 1]
+        lo = int(np.searchsorted(self._shard_ends, start, side="right"))
+        hi = int(np.searchsorted(self._shard_ends, stop - 1, side="right")) + 1
+        counts = np.diff(self._shard_ends[lo:hi].clip(max=stop), prepend=start)
+        place = {name: position for position, name in enumerate(self._shards[lo:hi])}
+        column = table.column("shard").combine_chunks()
+        found = np.array([*(place.get(name, -1) for name in column.dictionary.to_pylist()), -1], dtype=np.int64)
+        if not np.array_equal(found[_numbers(column.indices)], np.repeat(np.arange(hi - lo), counts)):
+            raise self._broken("list the shards of pool.json in order")
+
+    def _broken(self, rule: str) -> DataError:
+        return DataError(f"{self._name} must {rule}. Run `raysemi verify`, then copy or pack the pool again.")
+
+
+def _numbers(column: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
+    """Integers, -1 where there is none. Not by `to_numpy`, which imports pandas: seconds, and 60 MB a process."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    there, values = array.buffers()
+    own = slice(array.offset, array.offset + len(array))
+    if values is None or array.null_count == len(array):
+        return np.full(len(array), -1, dtype=np.int64)
+    numbers = np.frombuffer(values, f"i{array.type.bit_width // 8}")[own].astype(np.int64)
+    if array.null_count:
+        numbers[np.unpackbits(np.frombuffer(there, np.uint8), bitorder="little")[own] == 0] = -1
+    return numbers
+
+
+def _footer(file: pa.NativeFile, size: int) -> bytes:
+    """The end of a Parquet file: the footer, its length and the magic; less where the file is none."""
+    end = bytes(file.read_at(min(size, _FOOTER_GUESS), max(size - _FOOTER_GUESS, 0)))
+    length = int.from_bytes(end[-8:-4], "little") + 8
+    if length <= len(end) or length > size:
+        return end[-length:]
+    return bytes(file.read_at(length - len(end), size - length)) + end
