@@ -31,7 +31,7 @@ from raysemi.engine.evaluate import (
 )
 from raysemi.errors import DataError
 from raysemi.methods.base import SingleRank
-from raysemi.models.decoders import DeepLabV3Plus, Keep
+from raysemi.models.decoders import Decoded, DeepLabV3Plus, Keep
 from raysemi.models.encoders import Encoder, Features
 from raysemi.models.segmentor import ModelConfig, Segmentor, build_segmentor
 
@@ -43,10 +43,10 @@ SIZES = [(40, 56), (33, 48), (40, 56), (33, 48), (40, 56), (64, 50), (40, 56)]
 class Parity(nn.Module):
     """Encoder and decoder whose logits are one-hot in what the red channel says: 0, 127 or 255 of 255."""
 
-    def forward(self, maps: tuple[Tensor, ...], keep: Keep | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, maps: tuple[Tensor, ...], keep: Keep | None = None) -> Decoded:
         low_B3hw = maps[0]
         logits_BKhw = functional.one_hot((low_B3hw[:, 0] * 2).round().long(), CLASSES).movedim(-1, 1) * 9.0
-        return logits_BKhw, low_B3hw, low_B3hw
+        return Decoded(logits_BKhw, low_B3hw, low_B3hw, None)
 
 
 class Eyes(Encoder):
