@@ -44,7 +44,7 @@ LIBRARIES = {
     "raysemi.config_faults": {"pydantic"},
     "raysemi.launch": FILES | {"ray", "rich"},
     "raysemi.report": FILES | {"matplotlib", "jinja2", "markupsafe"},
-    "raysemi": FILES | {"typer", "rich"},
+    "raysemi": FILES | {"typer", "rich", "litdata"},
     "jobs": ANY,
     "tune": ANY,
 }
