@@ -12,10 +12,11 @@ as soon as it is complete.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotDone
 from threading import Event, Lock, main_thread
@@ -25,7 +26,9 @@ import pyarrow as pa
 
 from raysemi.data.cache import Download, ShardCache
 from raysemi.data.joined import AnyPool
+from raysemi.data.order import FEWEST_LANES, SHUFFLED_WHOLE
 from raysemi.data.pool import NOT_THERE, Row
+from raysemi.data.store import StoreConfig
 from raysemi.errors import DataError, DataFailure
 
 _log = logging.getLogger(__name__)
@@ -133,6 +136,7 @@ class Ahead:
         Raises:
             DataError: names pool, shard and key when they cannot be read; a DataFailure when the store gives no answer.
         """
+        self._settle()
         self._plan()
         self._send()
         rows = self._steps.popleft()
@@ -219,7 +223,7 @@ class Ahead:
                 if near not in self._wanted or near in self._held:
                     continue
                 wanted += place.stop - place.start
-                if 2 * wanted < new_stop - new_start:
+                if new_stop - new_start - wanted > max(wanted, _GAP):  # mostly for nothing
                     break
                 start, stop = new_start, new_stop
                 first, last = min(first, near), max(last, near)
@@ -270,13 +274,6 @@ class Ahead:
         if self._cache is None or self._copying is None:
             return None
         copy = self._copies.get(shard)
-        if copy is not None and copy.ready.done() and (error := copy.ready.exception()) is not None:
-            del self._copies[shard]
-            self._refused[shard] = float("inf")
-            if isinstance(error, DataError) and not isinstance(error, DataFailure):
-                raise error
-            _log.warning("pool %s, shard %s is read without the cache: %s", self.pool.path, shard, error)
-            return None
         if copy is None and self._refused.get(shard, 0.0) < time.monotonic() and (entry := self.pool.entry(shard)):
             self._tidy()
             found = self._cache.ask(*entry)
@@ -290,6 +287,16 @@ class Ahead:
                 ready.set_result(found)
             copy = self._copies[shard] = _Copy(ready, found if isinstance(found, Download) else None)
         return copy if copy is not None and copy.usable() else None
+
+    def _settle(self) -> None:
+        """Tells of downloads that failed."""
+        for shard, copy in list(self._copies.items()):
+            if copy.ready.done() and (error := copy.ready.exception()) is not None:
+                del self._copies[shard]
+                self._refused[shard] = float("inf")
+                if isinstance(error, DataError) and not isinstance(error, DataFailure):
+                    raise error
+                _log.warning("pool %s, shard %s is read without the cache: %s", self.pool.path, shard, error)
 
     def _tidy(self) -> None:
         """Gives back the copies that no planned step needs."""
@@ -331,3 +338,31 @@ def _place(row: Row, masks: bool) -> _Place:
 
 def _fits(pool: AnyPool) -> bool:
     return pool.num_bytes <= pool.store.cache_bytes
+
+
+def cache_faults(pools: Mapping[str, tuple[AnyPool, int]], config: StoreConfig) -> list[str]:
+    """What to tell of a cache that cannot hold at once what a step reads from; nothing without a cache.
+
+    Args:
+        pools: by name, with the global batch that is drawn from each.
+        config: `data.store.*`.
+    """
+    if config.cache is None:
+        return []
+    cached = {name: one for name, one in pools.items() if not one[0].local and _fits(one[0])}
+    needs = {name: _at_once(*one) for name, one in cached.items()}
+    if sum(needs.values()) <= config.cache_bytes:
+        return []
+    parts = ", ".join(f"{need} for {name}" for name, need in needs.items())
+    return [
+        f"data.store.cache_bytes must hold the shards that the slots of a step read at once, {sum(needs.values())} "
+        f"bytes ({parts}); got {config.cache_bytes}. Raise it, pack smaller shards, or set data.store.cache=null."
+    ]
+
+
+def _at_once(pool: AnyPool, batch: int) -> int:
+    """Bytes of the shards that are in use at once: each of the order's sub-lanes stands in one."""
+    if pool.num_samples <= SHUFFLED_WHOLE:
+        return pool.num_bytes
+    lanes = batch * max(2, math.ceil(FEWEST_LANES / batch))
+    return min(pool.num_bytes, lanes * max(shard.bytes for shard in pool.shard_files))

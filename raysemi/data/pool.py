@@ -284,7 +284,7 @@ def locate(
         return filesystem, str(path).rstrip("/")
     if str(path).startswith("pipe:"):
         raise DataError(
-            f"pool must be a folder or a URL; got a command, {path}. Commands are never run; copy it to s3:// or a disk."
+            f"pool must be a folder or a URL such as s3://bucket/pool; got a command, {path}. Commands are never run."
         )
     if "://" not in str(path):
         return fs.LocalFileSystem(), str(Path(path).expanduser().absolute())

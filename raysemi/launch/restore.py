@@ -8,6 +8,7 @@ from typing import Literal
 
 from raysemi import config_io
 from raysemi.config import RunConfig, uses_unlabeled
+from raysemi.data.ahead import cache_faults
 from raysemi.data.boxes import PoolBoxes, open_boxes
 from raysemi.data.joined import AnyPool, as_one
 from raysemi.data.pool import Pool
@@ -102,6 +103,11 @@ def open_pools(config: RunConfig) -> Pools:
         )
     else:
         faults += _refused_by_method(config, len(classes))
+    batch = config.train.batch
+    drawn: dict[str, tuple[AnyPool, int]] = {"labeled": (labeled, batch.labeled), "val": (val, 1)}
+    if unlabeled is not None:
+        drawn["unlabeled"] = (unlabeled, batch.unlabeled)
+    faults += cache_faults(drawn, config.data.store)
     if faults:
         raise ConfigError(faults)
     return Pools(labeled, val, unlabeled, _boxes(config.weighting, unlabeled))
