@@ -26,7 +26,7 @@ import pyarrow as pa
 
 from raysemi.data.cache import Download, ShardCache
 from raysemi.data.joined import AnyPool
-from raysemi.data.order import FEWEST_LANES, SHUFFLED_WHOLE
+from raysemi.data.order import FEWEST_LANES, LARGEST_BLOCK, SHUFFLED_WHOLE
 from raysemi.data.pool import NOT_THERE, Row
 from raysemi.data.store import StoreConfig
 from raysemi.errors import DataError, DataFailure
@@ -57,13 +57,14 @@ class _Place(NamedTuple):
 
 
 class _Request:
-    """A run of bytes of one shard, under way or arrived, for the rows that it covers."""
+    """A run of bytes of one shard, under way or arrived, for the rows that it brings."""
 
-    def __init__(self, rows: range, shard: str, start: int, stop: int) -> None:
+    def __init__(self, rows: list[int], shard: str, start: int, stop: int) -> None:
         self.rows, self.shard, self.start, self.stop = rows, shard, start, stop
-        self.live = 0
-        """Rows that it covers and that a planned step needs."""
-        self.content: Future[bytes]
+        self.slack = 0
+        """Bytes that were read for nothing; given up when the first row is taken."""
+        self.content: Future[dict[int, bytes]]
+        """Offset -> bytes of the parts of its rows."""
 
 
 class _Copy:
@@ -95,7 +96,7 @@ class Ahead:
         pool: a pool or joined ones; the requests go through `open_shard`.
         steps: rows of each step, in the order in which they will be taken.
         masks: whether masks are needed too.
-        budget: bytes that may be held, arrived or under way; one step's requests go out whatever it says.
+        budget: bytes that may be held, arrived or under way, besides the samples of one step.
     """
 
     def __init__(self, pool: AnyPool, steps: Iterable[Sequence[int]], masks: bool, budget: int) -> None:
@@ -105,12 +106,14 @@ class Ahead:
         """Requests sent for samples, without those that fill the cache."""
         self.held_bytes = 0
         self._source: Iterator[Sequence[int]] | None = iter(steps)
-        mean = max(pool.num_bytes // pool.num_samples, 1)
-        self._window = min(max(budget // (2 * mean), 1), _MOST_PLANNED)
+        small = pool.num_bytes <= budget // 2  # stays here whole: each next use is planned before the last one
+        window = 2 * pool.num_samples if small else 3 * budget * pool.num_samples // max(4 * pool.num_bytes, 1)
+        self._window = min(max(window, 1), _MOST_PLANNED)
         self._largest = min(LARGEST_REQUEST, max(budget // 4, 1))
+        self._gap = min(_GAP, budget // 64)
         self._steps: deque[Sequence[int]] = deque()
         self._planned = 0
-        self._sent = 0
+        self._sent = self._sent_rows = 0  # of the planned steps and their rows
         self._wanted: Counter[int] = Counter()  # row -> uses in the planned steps
         self._held: dict[int, _Request | _Copy] = {}
         self._places: dict[int, _Place] = {}
@@ -141,13 +144,15 @@ class Ahead:
         self._send()
         rows = self._steps.popleft()
         self._sent -= 1
+        self._sent_rows -= len(rows)
         self._planned -= len(rows)
         payloads: Payloads = {}
         for row in rows:
             place, holder = self._place(row), self._held[row]
             for offset, length in place.parts:
                 payloads[place.shard, offset] = self._bytes(row, holder, offset, length)
-            self._done_with(row, holder)
+        for row in rows:
+            self._done_with(row)
         self._plan()
         self._send()
         if not self._steps:
@@ -173,16 +178,19 @@ class Ahead:
                 return
             self._steps.append(rows)
             self._planned += len(rows)
-            for row in rows:
-                holder = self._held.get(row)
-                if holder is not None and not self._wanted[row]:
-                    holder.live += 1
-                self._wanted[row] += 1
+            self._wanted.update(rows)
 
     def _send(self) -> None:
-        """Sends requests in the order of the steps, up to the budget."""
+        """Sends requests in the order of the steps, up to the budget.
+
+        Three quarters of the window stay ahead of the last step that was sent, so that its rows find all their neighbours.
+        """
         while self._sent < len(self._steps):
-            for row in self._steps[self._sent]:
+            rows = self._steps[self._sent]
+            ahead = self._planned - self._sent_rows - len(rows)
+            if self._sent and self._source is not None and ahead < 3 * self._window // 4:
+                return
+            for row in rows:
                 if row in self._held:
                     continue
                 copy = self._copy(self._place(row).shard)
@@ -190,44 +198,48 @@ class Ahead:
                     self._held[row] = copy
                     copy.live += 1
                     continue
-                request = self._around(row)
-                if self._sent and self.held_bytes + request.stop - request.start > self.budget:
-                    return
+                request, room = self._around(row, self._largest), self.budget - self.held_bytes
+                if request.stop - request.start > room:
+                    if self._sent:
+                        return
+                    request = self._around(row, room)  # the next step cannot wait: with fewer neighbours, or none
                 self._ask(request)
             self._sent += 1
+            self._sent_rows += len(rows)
 
     def _ask(self, request: _Request) -> None:
-        for row in request.rows:
-            if row not in self._held:
-                self._held[row] = request
-                request.live += row in self._wanted
+        places = [self._place(row) for row in request.rows]
         length = request.stop - request.start
+        request.slack = length - sum(place.stop - place.start for place in places)
+        parts = [part for place in places for part in place.parts]
+        self._held.update(dict.fromkeys(request.rows, request))
         self.held_bytes += length
         self.requests += 1
-        request.content = self._threads.submit(self._read, request.shard, request.start, length)
+        request.content = self._threads.submit(self._read_parts, request.shard, request.start, length, parts)
 
-    def _around(self, row: int) -> _Request:
-        """A request for a row and its neighbours in the shard that are needed soon."""
+    def _around(self, row: int, most: int) -> _Request:
+        """A request of at most so many bytes for a row and its neighbours in the shard that are needed soon."""
         own = self._place(row)
-        first = last = row
-        start, stop = own.start, own.stop
-        wanted = stop - start
+        rows = [row]
+        start, stop, waste = own.start, own.stop, 0
         for direction in (-1, 1):
-            near = row
+            near = edge = row
             while 0 <= (near := near + direction) < self.pool.num_samples:
                 place = self._place(near)
                 new_start, new_stop = min(start, place.start), max(stop, place.stop)
                 gap = start - place.stop if direction < 0 else place.start - stop
-                if place.shard != own.shard or gap > _GAP or new_stop - new_start > self._largest:
+                gap = gap if abs(near - edge) > 1 else 0  # what lies between neighbours costs nothing worth a request
+                if place.shard != own.shard or gap > self._gap or new_stop - new_start > most:
                     break
                 if near not in self._wanted or near in self._held:
+                    if len(rows) >= LARGEST_BLOCK:  # what is wanted of the next block comes when more of it is
+                        break
                     continue
-                wanted += place.stop - place.start
-                if new_stop - new_start - wanted > max(wanted, _GAP):  # mostly for nothing
+                if waste + gap > (new_stop - new_start) // 2:
                     break
-                start, stop = new_start, new_stop
-                first, last = min(first, near), max(last, near)
-        return _Request(range(first, last + 1), own.shard, start, stop)
+                edge, waste, start, stop = near, waste + gap, new_start, new_stop
+                rows.append(near)
+        return _Request(rows, own.shard, start, stop)
 
     def _place(self, row: int) -> _Place:
         if row not in self._places:
@@ -243,8 +255,9 @@ class Ahead:
             content = holder.content.result(self._patience)
         except (DataError, OSError, NotDone) as error:
             raise self._fault(row, error) from error
-        first = offset - holder.start
-        return content[first : first + length]
+        self.held_bytes -= holder.slack
+        holder.slack = 0
+        return content[offset]
 
     def _fault(self, row: int, error: BaseException) -> DataError:
         one = self.pool.row(row)
@@ -255,19 +268,18 @@ class Ahead:
         got = error if str(error) else f"no answer within {self._patience:g} s"
         return kind(f"{where}: shard must be readable; got {got}. Check the network.")
 
-    def _done_with(self, row: int, holder: _Request | _Copy) -> None:
+    def _done_with(self, row: int) -> None:
         self._wanted[row] -= 1
         if self._wanted[row]:
             return
         del self._wanted[row]
-        holder.live -= 1
+        holder, place = self._held.pop(row), self._place(row)
         if isinstance(holder, _Copy):
-            del self._held[row]
-        elif not holder.live:
-            for covered in holder.rows:
-                if self._held.get(covered) is holder:
-                    del self._held[covered]
-            self.held_bytes -= holder.stop - holder.start
+            holder.live -= 1
+            return
+        self.held_bytes -= place.stop - place.start
+        for offset, _ in place.parts:
+            del holder.content.result()[offset]
 
     def _copy(self, shard: str) -> _Copy | None:
         """The shard in the cache, or None while it is not there; it is then brought there if it may."""
@@ -309,6 +321,11 @@ class Ahead:
             for start in range(0, download.shard.bytes, _PART):
                 download.write(self._read(shard, start, min(_PART, download.shard.bytes - start)))
             return download.publish()
+
+    def _read_parts(self, shard: str, start: int, length: int, parts: list[tuple[int, int]]) -> dict[int, bytes]:
+        content = self._read(shard, start, length)
+        # copies, so that each goes when it was used, not when the last of its neighbours was
+        return {offset: content[offset - start : offset - start + size] for offset, size in parts}
 
     def _read(self, shard: str, start: int, length: int) -> bytes:
         if self._closed.is_set() or not main_thread().is_alive():

@@ -83,7 +83,8 @@ def test_the_stream_asks_once_for_64_neighbours(large, blobs, proxy):
     order = Order(pool.shard_rows, pool.digest, 7, 16)
     assert order.block == 64
     steps = order.table(100_000, 100_400)[0].tolist()
-    ahead, held = read(pool, blobs, steps, 4 * FEWEST_LANES * 64 * SPACE)
+    budget = 2 * FEWEST_LANES * 64 * SPACE
+    ahead, held = read(pool, blobs, steps, budget)
     images = 400 * 16
     requests = counted.reads()
     assert ahead.requests == len(requests)
@@ -91,7 +92,7 @@ def test_the_stream_asks_once_for_64_neighbours(large, blobs, proxy):
     assert len(requests) <= images / 64 + 2 * FEWEST_LANES
     assert len({(one.path, one.first) for one in requests}) == len(requests)  # nothing is read twice
     assert sum(one.length for one in requests) < 1.2 * images * SPACE
-    assert held <= 4 * FEWEST_LANES * 64 * SPACE
+    assert held <= budget
     opened = [one for one in counted.requests if one.method == "HEAD" and one.path.endswith(".tar")]
     assert len(opened) <= SHARDS
 
@@ -113,7 +114,7 @@ def test_a_small_budget_costs_requests_and_no_byte(large, blobs, proxy, budget):
     pool = Pool.open(large, store=settings(proxy().endpoint))
     steps = Order(pool.shard_rows, pool.digest, 7, 8).table(5, 25)[0].tolist()
     _, held = read(pool, blobs, steps, budget)
-    assert held <= max(budget, 8 * SPACE)  # one step's requests go out whatever it says
+    assert held <= budget + 8 * BYTES
 
 
 def test_a_small_pool_is_read_once_for_all_its_passes(tmp_path, make_pool, s3, proxy):
@@ -272,7 +273,10 @@ def test_a_replaced_shard_under_the_same_name_is_told_by_the_cache(both, s3, tmp
 
     with pytest.raises(DataError, match=r"shard p-000003\.tar must hold the \d+ bytes that pool\.json promises"):
         go()
-    assert not list((tmp_path / "cache").glob("*.part"))
+    until = time.monotonic() + 20
+    while list((tmp_path / "cache").glob("*.part")):  # those that were under way end by themselves
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def test_a_cache_too_small_for_the_work_is_refused_before_a_step(large, both, s3, tmp_path):
