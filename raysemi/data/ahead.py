@@ -235,7 +235,7 @@ class Ahead:
                     if len(rows) >= LARGEST_BLOCK:  # what is wanted of the next block comes when more of it is
                         break
                     continue
-                if waste + gap > (new_stop - new_start) // 2:
+                if waste + gap > 3 * (new_stop - new_start) // 4:
                     break
                 edge, waste, start, stop = near, waste + gap, new_start, new_stop
                 rows.append(near)
