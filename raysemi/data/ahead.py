@@ -183,7 +183,7 @@ class Ahead:
     def _send(self) -> None:
         """Sends requests in the order of the steps, up to the budget.
 
-        Three quarters of the window stay ahead of the last step that was sent, so that its rows find all their neighbours.
+        Three quarters of the window stay ahead of the last step that was sent: its rows find all their neighbours.
         """
         while self._sent < len(self._steps):
             rows = self._steps[self._sent]
