@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from object_store import CREDENTIALS, Proxy, moto_server
 
 from raysemi.data.pack import pack
 from raysemi.data.sources.scenes import Scenes
@@ -26,3 +28,34 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = Scenes(train=24, val=5, size=64)
     pack(source, out, split=8, processes=1, keep_unlabeled_masks=True, shard_samples=6)
     return out
+
+
+@pytest.fixture(scope="session")
+def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address host:port of a real S3 server on loopback."""
+    with moto_server(tmp_path_factory.mktemp("moto") / "log.txt") as address:
+        yield address
+
+
+@pytest.fixture
+def s3(moto: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The same, with credentials in the environment for the time of a test."""
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    return moto
+
+
+@pytest.fixture
+def proxy(s3: str) -> Iterator[Callable[..., Proxy]]:
+    """proxy(...) -> a proxy before the server; see `Proxy`."""
+    made: list[Proxy] = []
+
+    def make(**settings: object) -> Proxy:
+        made.append(Proxy(s3, **settings))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.down()

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from raysemi.data.pool import Pool, Row
+from raysemi.data.pool import Pool, Row, Shard
 from raysemi.errors import DataError
 
 
@@ -29,7 +29,7 @@ class JoinedPool:
         self.pools = tuple(pools)
         self.weights = None if weights is None else tuple(weights)
         self.path = " + ".join(pool.path for pool in pools)
-        self.classes, self.palette = pools[0].classes, pools[0].palette
+        self.classes, self.palette, self.store = pools[0].classes, pools[0].palette, pools[0].store
         self.num_samples = sum(pool.num_samples for pool in pools)
         self.num_masks = sum(pool.num_masks for pool in pools)
         self._firsts = np.cumsum([0, *(pool.num_samples for pool in pools)])
@@ -82,6 +82,21 @@ class JoinedPool:
         """A shard by its name in `row`. Raises as `Pool.open_shard`."""
         number, _, shard = name.partition(":")
         return self.pools[int(number)].open_shard(shard)
+
+    def entry(self, name: str) -> tuple[str, Shard] | None:
+        """As `Pool.entry`, of a shard by its name in `row`."""
+        number, _, shard = name.partition(":")
+        return self.pools[int(number)].entry(shard)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(pool.num_bytes for pool in self.pools)
+
+    @property
+    def shard_files(self) -> tuple[Shard, ...]:
+        """All shards, under the names that they have in their own pools."""
+        return tuple(shard for pool in self.pools for shard in pool.shard_files)
 
     def _place(self, i: int) -> tuple[int, int]:
         number = int(np.searchsorted(self._firsts, i, side="right")) - 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -19,11 +19,13 @@ from pydantic import Discriminator, Field, Tag, field_validator
 from torch.utils.data import DataLoader, Dataset
 
 from raysemi.base import Config, choices
+from raysemi.data.ahead import Ahead, Payloads
 from raysemi.data.boxes import PoolBoxes
 from raysemi.data.joined import AnyPool
 from raysemi.data.mixture import order_of
 from raysemi.data.pool import NOT_ANNOTATED
 from raysemi.data.reader import Reader, Sample, Skipped
+from raysemi.data.store import StoreConfig
 from raysemi.data.types import HostBatch, StrongViews
 from raysemi.data.views import (
     FAMILIES,
@@ -40,6 +42,7 @@ from raysemi.data.views import (
 from raysemi.errors import ConfigError, DataError, DataFailure, RaysemiError
 
 _log = logging.getLogger(__name__)
+_TABLE_STEPS = 64  # steps whose rows are looked up together
 
 
 class WeightedPool(Config):
@@ -90,6 +93,8 @@ class DataConfig(Config):
     """A corrupt sample stops the run with an error that names it, or is counted, logged and replaced by another."""
     corrupt_limit: int = Field(100, ge=0)
     """Different corrupt samples that one rank may skip before the run stops."""
+    store: StoreConfig = StoreConfig()
+    """How pools in an object store are read."""
 
     @field_validator("unlabeled")
     @classmethod
@@ -208,6 +213,15 @@ class Stream:
     def __iter__(self) -> Iterator[HostBatch]:
         for pool in self._pools:
             pool.open_index()  # once, before it is shared with the processes; a broken index shows here
+        fetched = self._steps.fetched(self.start, self.stop)
+        steps: Iterable[Any] = range(self.start, self.stop) if fetched is None else fetched
+        try:
+            yield from self._batches(steps)
+        finally:
+            if fetched is not None:
+                fetched.close()
+
+    def _batches(self, steps: Iterable[Any]) -> Iterator[HostBatch]:
         with warnings.catch_warnings():
             # Python 3.12 warns of any fork beside threads, torch of more processes than cores: these only read and
             # decode, and their number is a setting
@@ -216,7 +230,7 @@ class Stream:
             loader = DataLoader(
                 self._steps,
                 batch_size=None,
-                sampler=range(self.start, self.stop),
+                sampler=steps,
                 num_workers=self.processes,
                 collate_fn=_unchanged,
                 prefetch_factor=self.config.prefetch if self.processes else None,
@@ -267,6 +281,14 @@ class _Fault(NamedTuple):
     cause: BaseException | None
 
 
+class _Fetched(NamedTuple):
+    """A step on its way into a loader process, with the bytes of remote pools that it needs, or the error instead."""
+
+    step: int
+    payloads: dict[str, Payloads]
+    fault: _Fault | None
+
+
 class _Steps(Dataset[Any]):
     """Step -> (batch or the error that it met, what was skipped). Errors travel as values: their text stays."""
 
@@ -292,8 +314,14 @@ class _Steps(Dataset[Any]):
         self.orders = {name: order_of(pool, seed, batches[name]) for name, pool in pools.items()}
         self.slots = {name: (rank * batches[name] // world, (rank + 1) * batches[name] // world) for name in pools}
 
-    def __getitem__(self, step: int) -> tuple[HostBatch | _Fault, tuple[Skipped, ...]]:
+    def __getitem__(self, step: int | _Fetched) -> tuple[HostBatch | _Fault, tuple[Skipped, ...]]:
         skipped: list[Skipped] = []
+        if isinstance(step, _Fetched):
+            if step.fault is not None:
+                return step.fault, ()
+            for name, payloads in step.payloads.items():
+                self.readers[name].given = payloads
+            step = step.step
         try:
             return self._batch(step, skipped), tuple(skipped)
         except RaysemiError as error:
@@ -364,6 +392,49 @@ class _Steps(Dataset[Any]):
             found_UN5=_stack(found_UN5, (self.boxes.most, 5), np.float32) if self.boxes is not None else None,
         )
 
+    def fetched(self, start: int, stop: int) -> Generator[_Fetched, None, None] | None:
+        """The steps with the bytes that they need; None where all pools lie on this machine.
+
+        The process that trains reads ahead for all its loader processes: only it sees every step, so that the bytes of
+        neighbours come by one request, and no other process needs connections of its own.
+        """
+        remote = [name for name, reader in self.readers.items() if not reader.pool.local]
+        return self._fetched(remote, start, stop) if remote else None
+
+    def _fetched(self, remote: list[str], start: int, stop: int) -> Generator[_Fetched, None, None]:
+        pools = {name: self.readers[name].pool for name in remote}
+        budgets = _shares({name: pool.num_bytes for name, pool in pools.items()}, self.config.store.prefetch_bytes)
+        masks = {"labeled": True, "unlabeled": self.with_truth}
+        ahead = {
+            name: Ahead(pool, self._needs(name, start, stop), masks[name], budgets[name])
+            for name, pool in pools.items()
+        }
+        try:
+            for step in range(start, stop):
+                try:
+                    fetched = _Fetched(step, {name: one.take() for name, one in ahead.items()}, None)
+                except RaysemiError as error:
+                    fetched = _Fetched(step, {}, _Fault(error, error.__cause__))
+                yield fetched
+                if fetched.fault is not None:
+                    return
+        finally:
+            for one in ahead.values():
+                one.close()
+
+    def _needs(self, name: str, start: int, stop: int) -> Iterator[list[int]]:
+        """Rows of this rank in each step, with those that are pasted from."""
+        pool = self.readers[name].pool
+        for first in range(start, stop, _TABLE_STEPS):
+            last = min(first + _TABLE_STEPS, stop)
+            for rows, numbers in zip(*self.orders[name].table(first, last, *self.slots[name]), strict=True):
+                needed: list[int] = rows.tolist()
+                if name == "labeled" and self.given > 0.0:
+                    pairs = zip(list(needed), numbers.tolist(), strict=True)
+                    others = (self._other(pool.key(row), number)[1] for row, number in pairs)
+                    needed += [row for row in others if row is not None]
+                yield needed
+
     def _slots(self, name: str) -> torch.Tensor:
         return torch.arange(*self.slots.get(name, (0, 0)))
 
@@ -377,17 +448,22 @@ class _Steps(Dataset[Any]):
 
     def _another(self, key: str, number: int, skipped: list[Skipped]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """View and label of any labeled sample, drawn with the sample that it is given to; or nothing but padding."""
-        side, reader = self.config.crop, self.readers["labeled"]
-        rng = generator(self.seed, number, key, "given")
-        comes, which = rng.random(2)
-        if comes >= self.given:
+        side = self.config.crop
+        rng, row = self._other(key, number)
+        if row is None:
             return np.zeros((3, side, side), np.uint8), np.full((side, side), NOT_ANNOTATED, np.uint8)
-        sample = reader.sample(int(which * reader.pool.num_samples), with_mask=True)
+        sample = self.readers["labeled"].sample(row, with_mask=True)
         skipped.extend(sample.skipped)
         width, height = sample.image.size
         geometry = draw_any_size(rng, self.config.views, height, width, side)
         assert sample.mask is not None
         return weak_view(sample.image, geometry), label_view(sample.mask, geometry)
+
+    def _other(self, key: str, number: int) -> tuple[np.random.Generator, int | None]:
+        """Row of the labeled sample that another is given, or None; and the generator that goes on to its view."""
+        rng = generator(self.seed, number, key, "given")
+        comes, which = rng.random(2)
+        return rng, int(which * self.readers["labeled"].pool.num_samples) if comes < self.given else None
 
     def _geometry(self, sample: Sample, number: int, name: str) -> Geometry:
         width, height = sample.image.size
@@ -400,6 +476,15 @@ def _stack(arrays: list[NDArray[Any]], shape: tuple[int, ...], kind: type[np.gen
     for i, array in enumerate(arrays):
         stacked[i] = array
     return torch.from_numpy(stacked)
+
+
+def _shares(sizes: dict[str, int], budget: int) -> dict[str, int]:
+    """Each pool's part of the budget: a small one takes what it can use, the largest the rest."""
+    shares: dict[str, int] = {}
+    for left, name in zip(range(len(sizes), 0, -1), sorted(sizes, key=sizes.__getitem__), strict=True):
+        shares[name] = budget if left == 1 else min(budget // left, 2 * sizes[name])
+        budget -= shares[name]
+    return shares
 
 
 def _unchanged(made: Any) -> Any:

@@ -59,13 +59,18 @@ class Mixture:
 
     def slots(self, t: int, lo: int, hi: int) -> tuple[Int64, Int64]:
         """Rows and passes of the global slots lo to hi - 1 of step t, as `Order.slots`; passes are each pool's own."""
+        rows, passes = self.table(t, t + 1, lo, hi)
+        return rows[0], passes[0]
+
+    def table(self, start: int, stop: int, lo: int, hi: int) -> tuple[Int64, Int64]:
+        """The same of the steps start to stop - 1, as `Order.table`: int64 [stop - start, hi - lo] each."""
         mine = self._pool_of_slot[lo:hi]
-        rows, passes = np.empty(len(mine), np.int64), np.empty(len(mine), np.int64)
+        rows, passes = (np.empty((stop - start, len(mine)), np.int64) for _ in range(2))
         for number, order in enumerate(self.orders):
             first = int((self._pool_of_slot[:lo] == number).sum())
             here = mine == number
-            own, passes[here] = order.slots(t, first, first + int(here.sum()))
-            rows[here] = own + self._firsts[number]
+            own, passes[:, here] = order.table(start, stop, first, first + int(here.sum()))
+            rows[:, here] = own + self._firsts[number]
         return rows, passes
 
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from pyarrow import fs
 
 from raysemi.data.rows import INDEX_SCHEMA, Rows, whole_shards, write_rows
+from raysemi.data.store import NOT_THERE, StoreConfig, open_store, unreadable
 from raysemi.errors import DataError
 
 FORMAT_VERSION = 1
@@ -64,10 +65,18 @@ class Pool:
     May be pickled: the index is then read again where it arrives.
     """
 
-    def __init__(self, path: str, filesystem: fs.FileSystem, folder: str, content: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        path: str,
+        filesystem: fs.FileSystem,
+        folder: str,
+        content: Mapping[str, Any],
+        store: StoreConfig | None = None,
+    ) -> None:
         self.path = path
         self.filesystem = filesystem
         self.folder = folder
+        self.store = store or StoreConfig()
         self.classes: tuple[str, ...] = tuple(content["classes"])
         self.palette: tuple[tuple[int, int, int], ...] = tuple((r, g, b) for r, g, b in content["palette"])
         self.shard_files = tuple(Shard(**shard) for shard in content["shards"])
@@ -80,27 +89,32 @@ class Pool:
         self._index_footer_sha256 = None if footer is None else str(footer)
 
     @classmethod
-    def open(cls, path: str | Path, filesystem: fs.FileSystem | None = None) -> Pool:
+    def open(cls, path: str | Path, filesystem: fs.FileSystem | None = None, store: StoreConfig | None = None) -> Pool:
         """Open a pool.
 
         Args:
             path: folder, or a URL that `pyarrow.fs` understands (`s3://`, `gs://`, `file://`).
             filesystem: where `path` is to be looked up, instead of reading it as a local path or URL.
+            store: `data.store.*`: how an object store is reached and read.
 
         Raises:
-            DataError: there is no pool, or its `pool.json` is broken or of another format version.
+            DataError: there is no pool, or its `pool.json` is broken or of another format version; a DataFailure when
+                the store does not answer.
         """
-        filesystem, folder = locate(path, filesystem)
+        filesystem, folder = locate(path, filesystem, store)
         name = f"{folder}/{POOL_FILE}"
         try:
             with filesystem.open_input_stream(name) as stream:
                 content = json.loads(stream.read())
         except (FileNotFoundError, NotADirectoryError) as error:
+            why = "" if isinstance(filesystem, fs.LocalFileSystem) else f": {error}"
             raise DataError(
-                f"pool must be a folder with a {POOL_FILE}; got {path}. Make one with `raysemi pack`, or with "
+                f"pool must be a folder with a {POOL_FILE}; got {path}{why}. Make one with `raysemi pack`, or with "
                 f"`raysemi index` from shards that someone else made."
             ) from error
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise unreadable(f"{path}/{POOL_FILE}", error) from error
+        except ValueError as error:
             raise DataError(f"{path}/{POOL_FILE} must be readable JSON; got {error}. Pack the pool again.") from error
         version = content.get("format") if isinstance(content, dict) else None
         if version != FORMAT_VERSION:
@@ -109,7 +123,7 @@ class Pool:
                 f"version of raysemi."
             )
         try:
-            pool = cls(str(path), filesystem, folder, content)
+            pool = cls(str(path), filesystem, folder, content, store)
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path}/{POOL_FILE} must hold all fields; got {error!r}. Pack the pool again.") from error
         for shard in pool.shard_files:
@@ -194,36 +208,53 @@ class Pool:
         """A shard, open for reads at any offset.
 
         Raises:
-            DataError: it cannot be opened.
+            DataError: it cannot be opened; a DataFailure when the store does not answer.
         """
         try:
             return self.filesystem.open_input_file(f"{self.folder}/{name}")
-        except OSError as error:
+        except NOT_THERE as error:
             raise DataError(f"shard {name} of {self.path} must be readable; got {error}. {_AGAIN}") from error
+        except OSError as error:
+            raise unreadable(f"shard {name} of {self.path}", error) from error
+
+    def entry(self, name: str) -> tuple[str, Shard] | None:
+        """URL and entry in `pool.json` of a shard that is worth a copy on this machine; None when it lies here."""
+        return None if self.local else (f"{self.path.partition('?')[0]}/{name}", self._by_name[name])
+
+    @cached_property
+    def _by_name(self) -> dict[str, Shard]:
+        return {shard.name: shard for shard in self.shard_files}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.bytes for shard in self.shard_files)
 
     def __getstate__(self) -> dict[str, Any]:
-        cached = ("rows", "shards", "shard_rows", "_shard_ends")
+        cached = ("rows", "shards", "shard_rows", "_shard_ends", "_by_name")
         return {name: value for name, value in self.__dict__.items() if name not in cached}
 
 
 _AGAIN = "Run `raysemi verify`, then copy or pack the pool again."
 
 
-def locate(path: str | Path, filesystem: fs.FileSystem | None = None) -> tuple[fs.FileSystem, str]:
-    """Filesystem and path inside it for a local path or a URL of `pyarrow.fs`.
+def locate(
+    path: str | Path, filesystem: fs.FileSystem | None = None, store: StoreConfig | None = None
+) -> tuple[fs.FileSystem, str]:
+    """Filesystem and path inside it for a local path or a URL, as `open_store` takes it.
 
     Raises:
         DataError: the URL cannot be used.
     """
     if filesystem is not None:
         return filesystem, str(path).rstrip("/")
+    if str(path).startswith("pipe:"):
+        raise DataError(
+            f"pool must be a folder or a URL such as s3://bucket/pool; got a command, {path}. Commands are never run."
+        )
     if "://" not in str(path):
         return fs.LocalFileSystem(), str(Path(path).expanduser().absolute())
-    try:
-        filesystem, folder = fs.FileSystem.from_uri(str(path))
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"pool must be a folder or a URL such as s3://bucket/pool; got {path}: {error}.") from error
-    return filesystem, folder.rstrip("/")
+    return open_store(str(path), store)
 
 
 def check_shard_name(name: str, where: str) -> None:

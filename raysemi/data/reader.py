@@ -6,6 +6,7 @@ import hashlib
 import os
 import struct
 from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from io import BytesIO
 from typing import Any, Literal, NamedTuple
 
@@ -14,9 +15,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from raysemi.data.ahead import Ahead, Payloads
 from raysemi.data.joined import AnyPool
 from raysemi.data.pool import NOT_ANNOTATED, Row
-from raysemi.errors import DataError, DataFailure
+from raysemi.data.store import unreadable
+from raysemi.errors import DataError
 
 LARGEST_PIXELS = 89_478_485
 """Pixels of the largest image that is decoded, Pillow's own bound: a small file may claim to be huge."""
@@ -24,7 +27,6 @@ MOST_OPEN_SHARDS = 128
 MOST_REPLACEMENTS = 16
 
 _FORMATS = ("JPEG", "PNG", "WEBP")
-_NOT_THERE = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
 _BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
 
 
@@ -66,11 +68,25 @@ class Reader:
     def __init__(self, pool: AnyPool, on_corrupt: Literal["raise", "skip"] = "raise") -> None:
         self.pool = pool
         self.on_corrupt = on_corrupt
+        self.given: Payloads = {}
+        """Bytes that somebody else has read ahead; all others are read here."""
+        self._ahead: Ahead | None = None
         self._open: OrderedDict[str, pa.NativeFile] = OrderedDict()
         self._process = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"pool": self.pool, "on_corrupt": self.on_corrupt, "_open": OrderedDict(), "_process": -1}
+        plain: dict[str, Any] = {"pool": self.pool, "on_corrupt": self.on_corrupt, "given": {}, "_ahead": None}
+        return plain | {"_open": OrderedDict(), "_process": -1}
+
+    def expect(self, steps: Iterable[Sequence[int]], masks: bool = False) -> None:
+        """Tell which rows come next, some at a time, in order: those of a remote pool are then read ahead.
+
+        Args:
+            steps: rows that are read together; within one of them any order will do.
+            masks: whether their masks are read too.
+        """
+        if not self.pool.local:
+            self._ahead = Ahead(self.pool, steps, masks, self.pool.store.prefetch_bytes)
 
     def image(self, row_index: int) -> NDArray[np.uint8]:
         """Image of a sample, uint8 RGB [H, W, 3].
@@ -82,7 +98,7 @@ class Reader:
 
     def picture(self, row_index: int) -> Image.Image:
         """Image of a sample, RGB, as Pillow holds it: what the views resize without another copy. Raises as `image`."""
-        row = self.pool.row(row_index)
+        row = self._row(row_index)
         picture = self._decoded(row, row.image_offset, row.image_bytes, "image", _FORMATS)
         if picture.mode.startswith(("I", "F")):
             raise self._corrupt(row, "image must have 8 bits a channel", picture.mode)
@@ -94,7 +110,7 @@ class Reader:
         Raises:
             DataError: as `image`; also when the sample has no mask, or a class that the pool does not have.
         """
-        row = self.pool.row(row_index)
+        row = self._row(row_index)
         if row.mask_offset is None or row.mask_bytes is None:
             raise DataError(
                 f"{self._where(row)}: sample must have a mask to be used as labeled; got none. Use a pool in which "
@@ -152,14 +168,25 @@ class Reader:
             raise self._corrupt(row, f"{what} must be {row.width}x{row.height} pixels as the index says", size_text)
         return picture
 
+    def _row(self, row_index: int) -> Row:
+        row = self.pool.row(row_index)
+        if (
+            self._ahead is not None
+            and (row.shard, row.image_offset) not in self.given
+            and row_index in self._ahead.next_rows
+        ):
+            self.given = self._ahead.take()
+        return row
+
     def _payload(self, row: Row, offset: int, length: int, what: str) -> bytes:
         try:
-            payload: bytes = self._shard(row.shard).read_at(length, offset)
+            payload = self.given.get((row.shard, offset))
+            if payload is None:
+                payload = self._shard(row.shard).read_at(length, offset)
+        except DataError as error:
+            raise type(error)(f"{self._where(row)}: {error}") from error.__cause__
         except OSError as error:
-            kind = DataError if isinstance(error, _NOT_THERE) else DataFailure
-            raise kind(
-                f"{self._where(row)}: shard must be readable; got {error}. Check the disk or the network."
-            ) from error
+            raise unreadable(f"{self._where(row)}: shard", error) from error
         if len(payload) != length:
             missing = f"{len(payload)} of {length} bytes from {offset}"
             raise self._corrupt(row, f"shard must hold all bytes of the {what}", missing)

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from raysemi.data.store import unreadable
 from raysemi.errors import DataError
 
 INDEX_SCHEMA = pa.schema(
@@ -241,6 +242,9 @@ class Rows:
                 same = hashlib.file_digest(self._file, "sha256").hexdigest() == sha256
             else:
                 same = hashlib.sha256(footer).hexdigest() == footer_sha256
+        except OSError as error:
+            raise unreadable(name, error) from error
+        try:
             if not same:  # it may list the same shards, and its offsets would point into other bytes
                 raise DataError(
                     f"{name} must be the one that was written with pool.json; got another. Copy both from one place, "
@@ -319,7 +323,7 @@ class Rows:
             if self._process != os.getpid():
                 self._begin()
             start, stop = self._stretch(group, columns)
-            window = _Window(start, self._file.read_at(stop - start, start), self._size)
+            window = _Window(start, self._read(start, stop), self._size)
             parquet = pq.ParquetFile(
                 pa.PythonFile(window, mode="r"),
                 metadata=self._metadata,
@@ -338,6 +342,12 @@ class Rows:
         if "shard" in columns:
             self._check_shards(group, table)
         return table
+
+    def _read(self, start: int, stop: int) -> bytes:
+        try:
+            return bytes(self._file.read_at(stop - start, start))
+        except OSError as error:
+            raise unreadable(self._name, error) from error
 
     def _stretch(self, group: int, columns: Sequence[str]) -> tuple[int, int]:
         """Where the columns of a group lie in the file."""

@@ -297,7 +297,9 @@ def search_pool(
         return rows, [torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures], (height, width)
 
     done, class_of = 0, torch.tensor(list(things))
-    for rows, images, (height, width) in read_ahead(read, same_size_batches(pool, config.batch)):
+    batches = same_size_batches(pool, config.batch)
+    reader.expect(batches)
+    for rows, images, (height, width) in read_ahead(read, batches):
         batch = [image.to(device, torch.float32).div_(255.0) for image in images]
         with torch.no_grad(), torch.autocast(device.type, precision, enabled=precision != torch.float32):
             found = detector(batch)

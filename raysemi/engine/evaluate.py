@@ -272,6 +272,7 @@ def _own_share(
     # windows fill a pass on their own, so that one image at a time is enough there
     batches = same_size_batches(pool, 1 if config.mode == "sliding_window" else config.batch)
     mine = batches[across.rank :: across.world]
+    reader.expect(mine, masks=True)
     matrix_KK = torch.zeros(network.num_classes, network.num_classes, dtype=torch.int64, device=device)
     done, total = 0, sum(map(len, mine))
     with inference(network, device, precision):

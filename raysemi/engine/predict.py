@@ -131,6 +131,8 @@ def predict_pool(
                 f"{pool.path}: keys must be paths below a folder; got {key!r}. Pack the pool again from trusted files."
             )
         items.append(_Item(key, lambda row=row: reader.image(row)))  # type: ignore[misc]
+    own = across or SingleRank()
+    reader.expect([row] for row in range(own.rank, pool.num_samples, own.world))
     return _predict(network, items, Path(out_dir), palette, config, device, precision, across, progress)
 
 

@@ -53,8 +53,8 @@ def train_detector(config: DetectConfig, on_log: OnLog | None = None) -> dict[st
     """
     folder = RunFolder(config.run)
     _refuse_another_run(config, folder)
-    labeled = open_pool(config.data.labeled, "data.labeled", masks=True)
-    val = open_pool(config.data.val, "data.val", masks=True) if config.data.val else None
+    labeled = open_pool(config.data.labeled, "data.labeled", masks=True, store=config.data.store)
+    val = open_pool(config.data.val, "data.val", masks=True, store=config.data.store) if config.data.val else None
     if val is not None and val.classes != labeled.classes:
         raise ConfigError(
             f"data.val must have the classes of data.labeled ({', '.join(labeled.classes)}); got "

@@ -8,29 +8,38 @@ from typing import Literal
 
 from raysemi import config_io
 from raysemi.config import RunConfig, uses_unlabeled
+from raysemi.data.ahead import cache_faults
 from raysemi.data.boxes import PoolBoxes, open_boxes
 from raysemi.data.joined import AnyPool, as_one
 from raysemi.data.pool import Pool
+from raysemi.data.store import StoreConfig
 from raysemi.engine import checkpoint
 from raysemi.engine.folder import RunFolder
-from raysemi.errors import CheckpointError, ConfigError, DataError
+from raysemi.errors import CheckpointError, ConfigError, DataError, DataFailure
 from raysemi.methods import METHODS
 from raysemi.methods.base import Method
 from raysemi.methods.weighting import NoWeightingConfig, RankWeightingConfig, build_weighting
 from raysemi.models.segmentor import Segmentor, build_segmentor
 
 
-def open_pool(path: str | None, setting: str, *, masks: bool = False) -> Pool:
+def open_pool(path: str | None, setting: str, *, masks: bool = False, store: StoreConfig | None = None) -> Pool:
     """Opens a pool and names the setting when it cannot serve.
 
+    Args:
+        path: folder or URL.
+        setting: what named it.
+        masks: whether every sample must have one.
+        store: `data.store.*`.
+
     Raises:
-        DataError: no pool there, an empty one, or one without the masks that the setting needs.
+        DataError: no pool there, an empty one, or one without the masks that the setting needs; a DataFailure when the
+            store does not answer.
     """
     assert path is not None  # the config refuses a run without this pool
     try:
-        pool = Pool.open(path)
+        pool = Pool.open(path, store=store)
     except DataError as error:
-        raise DataError(f"{setting}: {error}") from error
+        raise type(error)(f"{setting}: {error}") from error
     if pool.num_samples == 0:
         raise DataError(f"{setting} must hold at least one sample; got an empty pool, {path}. Pack it again.")
     if masks and not pool.labeled:
@@ -64,7 +73,10 @@ def open_pools(config: RunConfig) -> Pools:
     broken: list[str] = []
     for name, path in wanted:
         try:
-            opened.append((name, open_pool(path, f"data.{name}", masks=name != "unlabeled")))
+            pool = open_pool(path, f"data.{name}", masks=name != "unlabeled", store=config.data.store)
+            opened.append((name, pool))
+        except DataFailure:
+            raise  # the store does not answer: the others would wait for it too
         except DataError as error:
             broken.append(str(error))
     if broken:
@@ -91,6 +103,11 @@ def open_pools(config: RunConfig) -> Pools:
         )
     else:
         faults += _refused_by_method(config, len(classes))
+    batch = config.train.batch
+    drawn: dict[str, tuple[AnyPool, int]] = {"labeled": (labeled, batch.labeled), "val": (val, 1)}
+    if unlabeled is not None:
+        drawn["unlabeled"] = (unlabeled, batch.unlabeled)
+    faults += cache_faults(drawn, config.data.store)
     if faults:
         raise ConfigError(faults)
     return Pools(labeled, val, unlabeled, _boxes(config.weighting, unlabeled))
@@ -126,6 +143,7 @@ MAY_CHANGE = (
     "data.corrupt_limit",
     "data.loader_processes",
     "data.prefetch",
+    "data.store.",
     "gradients.measure_every",
 )
 """Settings that may differ when a run goes on: its folder may have moved, and an error may have told the user to change
