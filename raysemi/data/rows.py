@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from raysemi.data.store import unreadable
+from raysemi.data.store import NOT_THERE, unreadable
 from raysemi.errors import DataError
 
 INDEX_SCHEMA = pa.schema(
@@ -242,6 +242,8 @@ class Rows:
                 same = hashlib.file_digest(self._file, "sha256").hexdigest() == sha256
             else:
                 same = hashlib.sha256(footer).hexdigest() == footer_sha256
+        except NOT_THERE as error:
+            raise self._broken(f"be a readable index; got {error}") from error
         except OSError as error:
             raise unreadable(name, error) from error
         try:

@@ -218,7 +218,7 @@ def test_a_dead_store_ends_the_stream_with_shard_and_cause_in_time(both, proxy):
     pools = there(one.endpoint, deadline=1.5, prefetch_bytes=2**20)
     run = iter(stream(pools, store=pools["labeled"].store))
     for pool in pools.values():
-        _ = pool.index
+        pool.row(0)  # the index has been read
     one.down()
     began = time.monotonic()
     with pytest.raises(DataFailure, match=r"shard p-\d+\.tar, key city/\d+: .*no answer of s3://.*within 1\.5 s"):

@@ -27,6 +27,7 @@ from raysemi.launch.restore import open_pools
 from raysemi.methods import METHODS
 from raysemi.methods.base import SingleRank
 from raysemi.methods.weighting import NoWeightingConfig, RankWeightingConfig, build_weighting
+from raysemi.models.decoders import Decoded
 
 CLASSES, SIDE, PERIOD = 4, 33, 5
 QUEUE = {"size": 30, "first_size": 40}
@@ -244,13 +245,13 @@ def poisoned(network: nn.Module, call: int, row: int) -> Iterator[list[int]]:
     """In the given call of the decoder (from 0), the scores of one image are NaN, as an overflow would make them."""
     calls = [0]
 
-    def poison(_: nn.Module, __: tuple, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def poison(_: nn.Module, __: tuple, output: Decoded) -> Decoded:
         number, calls[0] = calls[0], calls[0] + 1
         if number != call:
             return output
         factor_B = torch.ones(len(output[0]))
         factor_B[row] = torch.nan
-        return (output[0] * factor_B[:, None, None, None], *output[1:])
+        return output._replace(logits_BKhw=output.logits_BKhw * factor_B[:, None, None, None])
 
     handle = network.decoder.register_forward_hook(poison)
     try:
