@@ -83,6 +83,16 @@ class JoinedPool:
         number, _, shard = name.partition(":")
         return self.pools[int(number)].open_shard(shard)
 
+    def shard_bytes(self, name: str) -> int:
+        """Length of a shard, by its name in `row`."""
+        number, _, shard = name.partition(":")
+        return self.pools[int(number)].shard_bytes(shard)
+
+    def origin(self, name: str) -> tuple[str, str]:
+        """Path of the pool that a shard is in, and its name there, by its name in `row`."""
+        number, _, shard = name.partition(":")
+        return self.pools[int(number)].origin(shard)
+
     def _place(self, i: int) -> tuple[int, int]:
         number = int(np.searchsorted(self._firsts, i, side="right")) - 1
         return number, i - int(self._firsts[number])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -22,6 +22,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyarrow import fs
 
+from raysemi.bounded import parse_json
+from raysemi.data.limits import LARGEST_POOL_FILE, LEAST_SAMPLE_BYTES, open_table, plain_keys
 from raysemi.errors import DataError
 
 FORMAT_VERSION = 1
@@ -43,8 +45,12 @@ INDEX_SCHEMA = pa.schema(
         ("height", pa.int32()),
         ("width", pa.int32()),
         ("class_pixels", pa.list_(pa.int64())),
+        ("image_crc32", pa.uint32()),
+        ("mask_crc32", pa.uint32()),
     ]
 )
+_CHECKSUMS = ("image_crc32", "mask_crc32")
+"""Columns that indexes of earlier versions lack."""
 
 _CHUNK_BYTES = 1 << 22
 _ROWS_A_GROUP = 1 << 16
@@ -61,7 +67,10 @@ class Shard:
 
 
 class Row(NamedTuple):
-    """Where one sample lies. Offsets count from the start of the shard; mask fields are None without a mask."""
+    """Where one sample lies. Offsets count from the start of the shard; mask fields are None without a mask.
+
+    A checksum is the CRC-32 of the encoded bytes, which were sound when it was taken; None in an index without them.
+    """
 
     key: str
     shard: str
@@ -71,6 +80,8 @@ class Row(NamedTuple):
     mask_bytes: int | None
     height: int
     width: int
+    image_crc32: int | None = None
+    mask_crc32: int | None = None
 
 
 class Pool:
@@ -90,7 +101,7 @@ class Pool:
         self.num_masks = int(content["masks"])
         self.made: dict[str, Any] = dict(content.get("made", {}))
         """How the pool was made: source, split, recipe."""
-        self._index_sha256 = str(content["index_sha256"])
+        self.index_sha256 = str(content["index_sha256"])
 
     @classmethod
     def open(cls, path: str | Path, filesystem: fs.FileSystem | None = None) -> Pool:
@@ -107,7 +118,10 @@ class Pool:
         name = f"{folder}/{POOL_FILE}"
         try:
             with filesystem.open_input_stream(name) as stream:
-                content = json.loads(stream.read())
+                text = stream.read(LARGEST_POOL_FILE + 1)
+            if len(text) > LARGEST_POOL_FILE:
+                raise ValueError(f"more than {LARGEST_POOL_FILE} bytes")
+            content = parse_json(text)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise DataError(
                 f"pool must be a folder with a {POOL_FILE}; got {path}. Make one with `raysemi pack`, or with "
@@ -123,8 +137,10 @@ class Pool:
             )
         try:
             pool = cls(str(path), filesystem, folder, content)
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path}/{POOL_FILE} must hold all fields; got {error!r}. Pack the pool again.") from error
+            _check_fields(pool)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            text = f"{error!r:.200}"
+            raise DataError(f"{path}/{POOL_FILE} must hold all fields; got {text}. Pack the pool again.") from error
         for shard in pool.shard_files:
             check_shard_name(shard.name, str(path))
         if pool.num_samples == 0:
@@ -174,14 +190,20 @@ class Pool:
             with self.filesystem.open_input_file(name) as file:
                 content = file.read_buffer()  # whole: every column is needed, and its digest
             # A stale index may list the same shards, and its offsets would point into other bytes.
-            if hashlib.sha256(content).hexdigest() != self._index_sha256:
+            if hashlib.sha256(content).hexdigest() != self.index_sha256:
                 raise DataError(
                     f"{self.path}/{INDEX_FILE} must be the one that was written with {POOL_FILE}; got another. Copy "
                     f"both from one place, or pack the pool again (shards of others: `raysemi index`)."
                 )
-            table = pq.read_table(pa.BufferReader(content), read_dictionary=["shard"])
+            room = sum(shard.bytes for shard in self.shard_files) // LEAST_SAMPLE_BYTES
+            table = plain_keys(open_table(content, room).read())
+            for name in _CHECKSUMS:
+                if name not in table.column_names:
+                    table = table.append_column(name, pa.nulls(table.num_rows, pa.uint32()))
             table = table.select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA).unify_dictionaries().combine_chunks()
-        except (OSError, pa.ArrowException, KeyError) as error:
+            if any(table.column(column).null_count for column in _NEVER_EMPTY):
+                raise ValueError("an empty place")
+        except (OSError, pa.ArrowException, KeyError, ValueError) as error:
             raise DataError(f"{self.path}/{INDEX_FILE} must be a readable index; got {error}. {_AGAIN}") from error
         expected = np.repeat(np.arange(len(self.shards)), self.shard_rows)
         if table.num_rows != self.num_samples:
@@ -197,8 +219,9 @@ class Pool:
 
     @cached_property
     def _places(self) -> NDArray[np.int64]:
-        columns = ("image_offset", "image_bytes", "mask_offset", "mask_bytes", "height", "width")
-        return np.stack([self.index.column(name).fill_null(-1).to_numpy().astype(np.int64) for name in columns], axis=1)
+        columns = ("image_offset", "image_bytes", "mask_offset", "mask_bytes", "height", "width", *_CHECKSUMS)
+        found = [self.index.column(name).cast(pa.int64()).fill_null(-1).to_numpy() for name in columns]
+        return np.stack(found, axis=1)
 
     @cached_property
     def _shard_ends(self) -> NDArray[np.int64]:
@@ -210,11 +233,24 @@ class Pool:
 
     def row(self, i: int) -> Row:
         """Where sample i lies, i from 0 to num_samples - 1."""
-        image_offset, image_bytes, mask_offset, mask_bytes, height, width = self._places[i].tolist()
+        image_offset, image_bytes, mask_offset, mask_bytes, height, width, image, mask = self._places[i].tolist()
+        image, mask = (None if crc32 < 0 else crc32 for crc32 in (image, mask))
         shard = self.shard_files[int(np.searchsorted(self._shard_ends, i, side="right"))].name
         if mask_offset < 0:
-            return Row(self.key(i), shard, image_offset, image_bytes, None, None, height, width)
-        return Row(self.key(i), shard, image_offset, image_bytes, mask_offset, mask_bytes, height, width)
+            return Row(self.key(i), shard, image_offset, image_bytes, None, None, height, width, image)
+        return Row(self.key(i), shard, image_offset, image_bytes, mask_offset, mask_bytes, height, width, image, mask)
+
+    @cached_property
+    def _shard_bytes(self) -> dict[str, int]:
+        return {shard.name: shard.bytes for shard in self.shard_files}
+
+    def shard_bytes(self, name: str) -> int:
+        """Length of a shard as `pool.json` says."""
+        return self._shard_bytes[name]
+
+    def origin(self, name: str) -> tuple[str, str]:
+        """Path of the pool, and of a shard in it, as people know them."""
+        return self.path, name
 
     def open_shard(self, name: str) -> pa.NativeFile:
         """A shard, open for reads at any offset.
@@ -228,10 +264,11 @@ class Pool:
             raise DataError(f"shard {name} of {self.path} must be readable; got {error}. {_AGAIN}") from error
 
     def __getstate__(self) -> dict[str, Any]:
-        cached = ("index", "_places", "_shard_ends")
+        cached = ("index", "_places", "_shard_ends", "_shard_bytes")
         return {name: value for name, value in self.__dict__.items() if name not in cached}
 
 
+_NEVER_EMPTY = ("key", "shard", "image_offset", "image_bytes", "height", "width")
 _AGAIN = "Run `raysemi verify`, then copy or pack the pool again."
 
 
@@ -250,6 +287,31 @@ def locate(path: str | Path, filesystem: fs.FileSystem | None = None) -> tuple[f
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"pool must be a folder or a URL such as s3://bucket/pool; got {path}: {error}.") from error
     return filesystem, folder.rstrip("/")
+
+
+def _check_fields(pool: Pool) -> None:
+    """Refuses what JSON can hold in the fields of `pool.json` and no pool has.
+
+    Raises:
+        ValueError, TypeError: names the field.
+    """
+    if not all(isinstance(name, str) for name in pool.classes) or len(pool.classes) > NOT_ANNOTATED:
+        raise ValueError(f"classes must be at most {NOT_ANNOTATED} names")
+    if len(pool.palette) != len(pool.classes) or not all(v in range(256) for colour in pool.palette for v in colour):
+        raise ValueError("palette must have three values from 0 to 255 for each class")
+    for shard in pool.shard_files:
+        counts = (shard.samples, shard.bytes)
+        if not all(type(count) is int and 0 <= count < 1 << 62 for count in counts):
+            raise ValueError(f"samples and bytes of a shard must be whole numbers, not {counts}")
+        if not isinstance(shard.name, str) or not isinstance(shard.sha256, str):
+            raise TypeError("name and sha256 of a shard must be texts")
+    if not 0 <= pool.num_masks <= pool.num_samples:
+        raise ValueError(f"masks must be 0 to {pool.num_samples}, not {pool.num_masks}")
+
+
+def is_plain(key: str) -> bool:
+    """Whether a key is a relative path that stays below any folder it is joined to, and prints on one line."""
+    return key.isprintable() and "\\" not in key and not {"", ".", ".."}.intersection(key.split("/"))
 
 
 def check_shard_name(name: str, where: str) -> None:
@@ -335,40 +397,3 @@ def file_sha256(file: pa.NativeFile) -> tuple[int, str]:
         digest.update(chunk)
         length += len(chunk)
     return length, digest.hexdigest()
-
-
-def verify(pool: Pool, progress: Callable[[int, int], None] | None = None) -> None:
-    """Read every byte of a pool again and compare it with what `pool.json` promises.
-
-    Args:
-        pool: the pool.
-        progress: called with (shards done, shards in all).
-
-    Raises:
-        DataError: names every shard that is missing, cut short or changed, and a changed index.
-    """
-    faults = []
-    try:
-        with pool.filesystem.open_input_stream(f"{pool.folder}/{INDEX_FILE}") as stream:
-            if file_sha256(stream)[1] != pool._index_sha256:
-                faults.append(f"{INDEX_FILE} is not the one that was written with {POOL_FILE}")
-    except OSError as error:
-        faults.append(f"{INDEX_FILE} cannot be read: {error}")
-    for done, shard in enumerate(pool.shard_files, start=1):
-        try:
-            with pool.filesystem.open_input_stream(f"{pool.folder}/{shard.name}") as stream:
-                length, sha256 = file_sha256(stream)
-            if length != shard.bytes:
-                faults.append(f"shard {shard.name} has {length} bytes instead of {shard.bytes}")
-            elif sha256 != shard.sha256:
-                faults.append(f"shard {shard.name} has other bytes than those that were written")
-        except OSError as error:
-            faults.append(f"shard {shard.name} cannot be read: {error}")
-        if progress is not None:
-            progress(done, len(pool.shard_files))
-    if faults:
-        raise DataError(
-            f"pool {pool.path} must hold the bytes that {POOL_FILE} promises; got {len(faults)} faults: "
-            + "; ".join(faults)
-            + ". Copy these files again or pack the pool again."
-        )

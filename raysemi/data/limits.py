@@ -1,0 +1,61 @@
+"""How large a pool's parts may be, asked before anything of that size is made: a small file may claim to be huge."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+LARGEST_PIXELS = 89_478_485
+"""Pixels of the largest image that is decoded, Pillow's own bound."""
+LARGEST_PAYLOAD = 1 << 30
+"""Bytes of one encoded image or mask."""
+LARGEST_POOL_FILE = 1 << 27
+"""Bytes of `pool.json`: twice what 100 million samples in shards of 256 take."""
+LONGEST_KEY = 1024
+"""Characters of a key."""
+LEAST_SAMPLE_BYTES = 1024
+"""Bytes of a tar that a sample takes at least: a header, and a block of its image."""
+_ROW_BYTES = 1 << 13
+"""Bytes of a row of a table before compression, at most, on average; the longest key and 255 counts of pixels fit."""
+
+
+def open_table(source: pa.NativeFile | pa.Buffer, most_rows: int) -> pq.ParquetFile:
+    """A Parquet file, its columns of texts as dictionaries: a text that is repeated takes no room each time.
+
+    Args:
+        source: the file.
+        most_rows: rows that make sense.
+
+    Raises:
+        ValueError: more rows, or more bytes or values in it than so many rows can have.
+        ArrowException, OSError: no Parquet file.
+    """
+    metadata = pq.read_metadata(source)
+    if metadata.num_rows > most_rows:
+        raise ValueError(f"{metadata.num_rows} rows where there can be at most {most_rows}")
+    room = (1 << 20) + metadata.num_rows * _ROW_BYTES
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    columns = [group.column(number) for group in groups for number in range(group.num_columns)]
+    unpacked = sum(max(column.total_uncompressed_size, 8 * column.num_values) for column in columns)
+    if unpacked > room:
+        raise ValueError(f"{unpacked} bytes once unpacked where {metadata.num_rows} rows have at most {room}")
+    texts = [field.name for field in metadata.schema.to_arrow_schema() if pa.types.is_string(field.type)]
+    if isinstance(source, pa.NativeFile):
+        source.seek(0)
+    return pq.ParquetFile(source, read_dictionary=sorted({"key", "shard", *texts}))
+
+
+def plain_keys(table: pa.Table) -> pa.Table:
+    """The column `key` as texts, none of them longer than `LONGEST_KEY`.
+
+    Raises:
+        ValueError: a longer one.
+    """
+    position = table.schema.get_field_index("key")
+    column = table.column(position)
+    if pa.types.is_dictionary(column.type):
+        longest = max((len(str(key)) for part in column.chunks for key in part.dictionary.to_pylist()), default=0)
+        if longest > LONGEST_KEY:
+            raise ValueError(f"a key of {longest} characters, more than {LONGEST_KEY}")
+        column = column.cast(pa.string())
+    return table.set_column(position, "key", column)
