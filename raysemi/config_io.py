@@ -247,14 +247,14 @@ def _override(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:
         keys = path.strip().split(".")
         if not equals or not all(re.fullmatch(r"\w+", key) for key in keys):
             faults.append(
-                f"override must read a.b=value; got {text!r}. Write the setting's dotted path, `=` and its value."
+                f"override must read a.b=value; got {text!r:.200}. Write the setting's dotted path, `=` and its value."
             )
             continue
         try:
             value = _yaml(value_text)
         except YAMLFault:
             faults.append(
-                f"{path} must be a YAML value; got {value_text!r}. Quote it if it is a text with special signs."
+                f"{path} must be a YAML value; got {value_text!r:.200}. Quote it if it is a text with special signs."
             )
             continue
         if len(keys) == 1 and keys[0] in _NAMED and isinstance(value, str):

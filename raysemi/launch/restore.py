@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import pyarrow.compute as pc
+
 from raysemi import config_io
 from raysemi.config import RunConfig, uses_unlabeled
 from raysemi.data.boxes import PoolBoxes, open_boxes
@@ -34,7 +36,12 @@ def open_pool(path: str | None, setting: str, *, masks: bool = False) -> Pool:
     if pool.num_samples == 0:
         raise DataError(f"{setting} must hold at least one sample; got an empty pool, {path}. Pack it again.")
     if masks and not pool.labeled:
-        raise DataError(f"{setting} must have a mask for every image; got {path}. Pack it from a labeled source.")
+        missing = pool.num_samples - pool.num_masks
+        first = pool.key(pc.index(pool.index.column("mask_offset").is_null(), value=True).as_py())
+        raise DataError(
+            f"{setting} must have a mask for every image; got {path} with {missing} that have none, the first {first}. "
+            "Pack it from a labeled source."
+        )
     return pool
 
 

@@ -43,7 +43,7 @@ def run(folder: Path, config: RunConfig, world: int = 2) -> list[tuple[str, list
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(120)
+        process.join(300)
         assert process.exitcode == 0
     said = [json.loads((folder / f"said-{number}.json").read_text()) for number in range(world)]
     return [(text, steps) for text, steps in said]
