@@ -17,6 +17,20 @@ MOST_NODES = 50_000
 """Values of a YAML file, those that an alias repeats counted each time."""
 
 
+DEEPEST = 40
+"""Brackets of a YAML file that stand in one another; PyYAML takes a time that grows with their square."""
+
+
+class BoundedLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, which stops at brackets nested too deeply."""
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        """As PyYAML's."""
+        if self.flow_level >= DEEPEST:
+            raise yaml.scanner.ScannerError(None, None, "brackets nested too deeply", self.get_mark())
+        super().fetch_flow_collection_start(TokenClass)
+
+
 def parse_json(content: bytes | str) -> Any:
     """A JSON text.
 
@@ -29,7 +43,7 @@ def parse_json(content: bytes | str) -> Any:
         raise ValueError("lists or maps nested too deeply") from error
 
 
-def parse_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
+def parse_yaml(text: str, loader: type[BoundedLoader] = BoundedLoader) -> Any:
     """A YAML text.
 
     Raises:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from raysemi.bounded import YAMLFault, parse_yaml
+from raysemi.bounded import BoundedLoader, YAMLFault, parse_yaml
 from raysemi.config import RunConfig
 from raysemi.config_faults import did_you_mean, texts
 from raysemi.engine.detect import DetectConfig
@@ -118,7 +118,7 @@ def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, tree
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(BoundedLoader):
     """YAML 1.2's words and numbers (1e-3 is a number, `no` and 2026-01-31 are texts); a key twice is refused."""
 
 
