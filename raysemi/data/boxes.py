@@ -27,7 +27,7 @@ from torch import Tensor
 
 from raysemi.bounded import parse_json
 from raysemi.data.joined import AnyPool, JoinedPool
-from raysemi.data.limits import open_table, plain_keys
+from raysemi.data.limits import plain_keys, read_table
 from raysemi.data.pool import Pool, write_whole
 from raysemi.data.views import Geometry
 from raysemi.errors import DataError
@@ -46,7 +46,7 @@ SCHEMA = pa.schema(
 MOST = 100
 """Boxes of an image at most that a stream hands out: the best ones."""
 _MOST_FOUND = 10_000
-"""Boxes of an image at most that a file may hold, on average."""
+"""Boxes of an image at most that a file may hold, on average; a million in all are always allowed."""
 _MADE = b"raysemi"
 _NEIGHBOURS = np.ones((3, 3), dtype=np.int64)
 
@@ -142,7 +142,7 @@ def read_boxes(pool: Pool, name: str) -> tuple[pa.Table, dict[str, Any]]:
     again = f"Run `raysemi detect run DETECTOR --pool {pool.path} --name {name}`."
     try:
         with pool.filesystem.open_input_file(file_name) as file:
-            table = plain_keys(open_table(file, _MOST_FOUND * max(pool.num_samples, 1)).read())
+            table = plain_keys(read_table(file, max(1 << 20, _MOST_FOUND * pool.num_samples)))
     except FileNotFoundError as error:
         raise DataError(f"{where} must exist; got no such file. {again}") from error
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:

@@ -15,43 +15,53 @@ LONGEST_KEY = 1024
 """Characters of a key."""
 LEAST_SAMPLE_BYTES = 1024
 """Bytes of a tar that a sample takes at least: a header, and a block of its image."""
+_ROWS_AT_ONCE = 1 << 14
+_SPARE_BYTES = 1 << 24
 _ROW_BYTES = 1 << 13
 """Bytes of a row of a table before compression, at most, on average; the longest key and 255 counts of pixels fit."""
 
 
-def open_table(source: pa.NativeFile | pa.Buffer, most_rows: int) -> pq.ParquetFile:
+def read_table(source: pa.NativeFile | pa.Buffer, most_rows: int) -> pa.Table:
     """A Parquet file, its columns of texts as dictionaries: a text that is repeated takes no room each time.
+
+    The columns of `pq.FileMetaData` are not looked at: pyarrow aborts the process over some broken ones.
 
     Args:
         source: the file.
         most_rows: rows that make sense.
 
     Raises:
-        ValueError: more rows, or more bytes or values in it than so many rows can have.
+        ValueError: more rows, or more bytes than so many rows can have.
         ArrowException, OSError: no Parquet file.
     """
     metadata = pq.read_metadata(source)
-    if metadata.num_rows > most_rows:
+    if not 0 <= metadata.num_rows <= most_rows:
         raise ValueError(f"{metadata.num_rows} rows where there can be at most {most_rows}")
-    room = (1 << 20) + metadata.num_rows * _ROW_BYTES
-    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    columns = [group.column(number) for group in groups for number in range(group.num_columns)]
-    unpacked = sum(max(column.total_uncompressed_size, 8 * column.num_values) for column in columns)
-    if unpacked > room:
-        raise ValueError(f"{unpacked} bytes once unpacked where {metadata.num_rows} rows have at most {room}")
-    texts = [field.name for field in metadata.schema.to_arrow_schema() if pa.types.is_string(field.type)]
+    fields = metadata.schema.to_arrow_schema()
+    texts = [field.name for field in fields if pa.types.is_string(field.type) or pa.types.is_dictionary(field.type)]
     if isinstance(source, pa.NativeFile):
         source.seek(0)
-    return pq.ParquetFile(source, read_dictionary=sorted({"key", "shard", *texts}))
+    file = pq.ParquetFile(source, read_dictionary=texts)
+    batches: list[pa.RecordBatch] = []
+    rows = unpacked = 0
+    for batch in file.iter_batches(_ROWS_AT_ONCE):
+        batches.append(batch)
+        rows, unpacked = rows + batch.num_rows, unpacked + batch.nbytes
+        room = _SPARE_BYTES + rows * _ROW_BYTES
+        if unpacked > room:
+            raise ValueError(f"{unpacked} bytes once unpacked where {rows} rows have at most {room}")
+    return pa.Table.from_batches(batches) if batches else file.schema_arrow.empty_table()
 
 
 def plain_keys(table: pa.Table) -> pa.Table:
-    """The column `key` as texts, none of them longer than `LONGEST_KEY`.
+    """The column `key`, where there is one, as texts, none of them longer than `LONGEST_KEY`.
 
     Raises:
         ValueError: a longer one.
     """
     position = table.schema.get_field_index("key")
+    if position < 0:
+        return table
     column = table.column(position)
     if pa.types.is_dictionary(column.type):
         longest = max((len(str(key)) for part in column.chunks for key in part.dictionary.to_pylist()), default=0)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pyarrow import fs
 
 from raysemi.bounded import parse_json
-from raysemi.data.limits import LARGEST_POOL_FILE, LEAST_SAMPLE_BYTES, open_table, plain_keys
+from raysemi.data.limits import LARGEST_POOL_FILE, LEAST_SAMPLE_BYTES, plain_keys, read_table
 from raysemi.errors import DataError
 
 FORMAT_VERSION = 1
@@ -196,7 +196,7 @@ class Pool:
                     f"both from one place, or pack the pool again (shards of others: `raysemi index`)."
                 )
             room = sum(shard.bytes for shard in self.shard_files) // LEAST_SAMPLE_BYTES
-            table = plain_keys(open_table(content, room).read())
+            table = plain_keys(read_table(content, room))
             for name in _CHECKSUMS:
                 if name not in table.column_names:
                     table = table.append_column(name, pa.nulls(table.num_rows, pa.uint32()))

@@ -319,7 +319,8 @@ ALIASES = "a: &a [x, x]\n" + "".join(
 @pytest.mark.parametrize(
     "text",
     [
-        ALIASES, "a: &a [*a]", "[" * 100_000, "- " * 50_000, "a: " * 5000, "seed: " + "9" * 50_000, "seed: !!int x", "seed: !!bool x",
+        ALIASES, "a: &a [*a]", "[" * 100_000, "- " * 50_000, "a: " * 5000,
+        "seed: " + "9" * 50_000, "seed: !!int x", "seed: !!bool x",
         "a: !!python/object/apply:os.system [ls]", "a: !!timestamp 2026-99-99", "? [a]\n: b", "a: !!set {b, c}",
         "x" * 300_000, "a: \x00", "\ud800", "<<: &a {b: 1}\nc: *a", "- a", "a: !!binary =",
     ],
