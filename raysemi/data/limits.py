@@ -45,6 +45,7 @@ def read_table(source: pa.NativeFile | pa.Buffer, most_rows: int) -> pa.Table:
     batches: list[pa.RecordBatch] = []
     rows = unpacked = 0
     for batch in file.iter_batches(_ROWS_AT_ONCE):
+        batch.validate(full=True)  # also that texts are texts
         batches.append(batch)
         rows, unpacked = rows + batch.num_rows, unpacked + batch.nbytes
         room = _SPARE_BYTES + rows * _ROW_BYTES
