@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from raysemi.bounded import BoundedLoader, YAMLFault, parse_yaml
 from raysemi.config import RunConfig
 from raysemi.config_faults import did_you_mean, texts
 from raysemi.engine.detect import DetectConfig
@@ -117,7 +118,7 @@ def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, tree
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(BoundedLoader):
     """YAML 1.2's words and numbers (1e-3 is a number, `no` and 2026-01-31 are texts); a key twice is refused."""
 
 
@@ -153,7 +154,7 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
 
 
 def _yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    return parse_yaml(text, _Loader)
 
 
 def _recipe(recipe: str, kind: type[BaseModel]) -> dict[str, Any]:
@@ -216,15 +217,10 @@ def _text(path: Path) -> str:
 def _mapping(text: str, source: str) -> dict[str, Any]:
     try:
         tree = _yaml(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" in line {mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or error
-        raise ConfigError(
-            f"{source} must be YAML with each key once; got {reason}{place}. Correct the file."
-        ) from error
+    except YAMLFault as error:
+        raise ConfigError(f"{source} must be YAML with each key once; got {error}. Correct the file.") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{source} must be a YAML map of settings; got {tree!r}. See `raysemi train --help`.")
+        raise ConfigError(f"{source} must be a YAML map of settings; got {tree!r:.200}. See `raysemi train --help`.")
     for name in _NAMED:
         if isinstance(tree.get(name), str):
             tree[name] = {"name": tree[name]}
@@ -251,14 +247,14 @@ def _override(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:
         keys = path.strip().split(".")
         if not equals or not all(re.fullmatch(r"\w+", key) for key in keys):
             faults.append(
-                f"override must read a.b=value; got {text!r}. Write the setting's dotted path, `=` and its value."
+                f"override must read a.b=value; got {text!r:.200}. Write the setting's dotted path, `=` and its value."
             )
             continue
         try:
             value = _yaml(value_text)
-        except yaml.YAMLError:
+        except YAMLFault:
             faults.append(
-                f"{path} must be a YAML value; got {value_text!r}. Quote it if it is a text with special signs."
+                f"{path} must be a YAML value; got {value_text!r:.200}. Quote it if it is a text with special signs."
             )
             continue
         if len(keys) == 1 and keys[0] in _NAMED and isinstance(value, str):

@@ -83,14 +83,22 @@ def index(
     typer.echo(f"{made.num_samples} images, {len(made.shards)} shards, {made.path}")
 
 
-def verify(pool: Annotated[str, typer.Argument(help="Pool, local or URL.")]) -> None:
-    """Read every byte of a pool again and compare it with its digests."""
-    from raysemi.data import pool as pools
+def verify(
+    pool: Annotated[str, typer.Argument(help="Pool, local or URL.")],
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Also decode every image and mask: sizes, classes, nothing cut short.")
+    ] = False,
+    processes: Processes = None,
+) -> None:
+    """Read every byte of a pool again and compare it with its digests; names what is damaged, down to the keys."""
+    from raysemi.data import verify as checking
+    from raysemi.data.pool import Pool
 
-    opened = pools.Pool.open(pool)
+    opened = Pool.open(pool)
     with Bar("shards") as bar:
-        pools.verify(opened, bar)
-    typer.echo(f"{opened.num_samples} images in {len(opened.shards)} shards are as they were written")
+        checking.verify(opened, bar, decode=decode, processes=processes)
+    can = ", and all can be decoded" if decode else ""
+    typer.echo(f"{opened.num_samples} images in {len(opened.shards)} shards are as they were written{can}")
 
 
 def plan(

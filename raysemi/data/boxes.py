@@ -25,7 +25,9 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
+from raysemi.bounded import parse_json
 from raysemi.data.joined import AnyPool, JoinedPool
+from raysemi.data.limits import plain_keys, read_table
 from raysemi.data.pool import Pool, write_whole
 from raysemi.data.views import Geometry
 from raysemi.errors import DataError
@@ -43,6 +45,8 @@ SCHEMA = pa.schema(
 )
 MOST = 100
 """Boxes of an image at most that a stream hands out: the best ones."""
+_MOST_FOUND = 10_000
+"""Boxes of an image at most that a file may hold, on average; a million in all are always allowed."""
 _MADE = b"raysemi"
 _NEIGHBOURS = np.ones((3, 3), dtype=np.int64)
 
@@ -138,18 +142,20 @@ def read_boxes(pool: Pool, name: str) -> tuple[pa.Table, dict[str, Any]]:
     again = f"Run `raysemi detect run DETECTOR --pool {pool.path} --name {name}`."
     try:
         with pool.filesystem.open_input_file(file_name) as file:
-            table = pq.read_table(file)
+            table = plain_keys(read_table(file, max(1 << 20, _MOST_FOUND * pool.num_samples)))
     except FileNotFoundError as error:
         raise DataError(f"{where} must exist; got no such file. {again}") from error
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise DataError(f"{where} must be a readable Parquet file; got {error}. {again}") from error
     missing = [column for column in SCHEMA.names if column not in table.column_names]
     if missing:
         raise DataError(
             f"{where} must have the columns {', '.join(SCHEMA.names)}; got none named {', '.join(missing)}. {again}"
         )
-    made = json.loads((table.schema.metadata or {}).get(_MADE, b"{}"))
     try:
+        made = parse_json((table.schema.metadata or {}).get(_MADE, b"{}"))
+        if not isinstance(made, dict):
+            raise ValueError("notes that are no map")
         table = table.select(SCHEMA.names).cast(SCHEMA)
     except (pa.ArrowException, ValueError) as error:
         raise DataError(f"{where} must have columns of the types {SCHEMA}; got {error}. {again}") from error

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+from raysemi.data.pool import is_plain
 from raysemi.data.shard import Entry, Stat
 from raysemi.data.sources import Item, Part, Source
 from raysemi.data.splits import labeled_keys
@@ -71,11 +72,6 @@ def _items(source: Source, part: Part, needed: bool) -> list[Item]:
         if needed:
             raise
         return []  # a part that is not packed need not be there
-
-
-def is_plain(key: str) -> bool:
-    """Whether a key is a relative path that stays below any folder it is joined to, and prints on one line."""
-    return key.isprintable() and "\\" not in key and not {"", ".", ".."}.intersection(key.split("/"))
 
 
 def key_faults(keys: Sequence[str], escape_dots: bool) -> list[str]:

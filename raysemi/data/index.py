@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -20,7 +21,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from pyarrow import fs
 
-from raysemi.data.choose import is_plain, raise_faults
+from raysemi.data.choose import raise_faults
+from raysemi.data.limits import LARGEST_PAYLOAD, LARGEST_PIXELS, LONGEST_KEY
 from raysemi.data.pool import (
     IMAGE_SUFFIXES,
     MASK_SUFFIX,
@@ -28,6 +30,7 @@ from raysemi.data.pool import (
     Shard,
     check_shard_name,
     file_sha256,
+    is_plain,
     locate,
     write_index,
 )
@@ -140,6 +143,8 @@ def scan_shard(filesystem: fs.FileSystem, folder: str, name: str, *, num_classes
                 if row is not None:
                     rows.append({**row, "shard": name})
             runs = Counter(key for key, _ in groupby(named, key=lambda member: member[0]))
+            if not named and not faults:
+                faults.append(f"shard {name} must hold images; got none. Remove it.")
             again = [key for key, count in runs.items() if count > 1]
             faults += [f"files of key {key} of shard {name} must lie together, once. Write it again." for key in again]
             file.seek(0)
@@ -159,7 +164,7 @@ def _named(
         if info.isdir() or (name.startswith("__") and name.endswith("__")):
             continue  # folders, and WebDataset's own notes
         match = _MEMBER.fullmatch(name)
-        if not info.isreg() or match is None or not is_plain(match[1]):
+        if not info.isreg() or match is None or not is_plain(match[1]) or len(match[1]) > LONGEST_KEY:
             faults.append(
                 f"member of shard {shard} must be a file KEY.SUFFIX; got {info.name!r}. Write the shard again."
             )
@@ -190,7 +195,8 @@ def _row(
         )
         return None
     try:
-        height, width = check_image(_payload(file, images[0]), name)
+        image = _payload(file, images[0], name)
+        height, width = check_image(image, name)
         row = {
             "key": key,
             "height": height,
@@ -198,28 +204,40 @@ def _row(
             "class_pixels": None,
             "mask_offset": None,
             "mask_bytes": None,
+            "image_crc32": zlib.crc32(image),
+            "mask_crc32": None,
         }
         row |= {"image_offset": images[0].offset_data, "image_bytes": images[0].size}
         if masks:
             if num_classes == 0:
                 raise DataError(f"key {name} has a mask, so the classes must be named; got none. Pass --classes.")
-            mask = _decode_mask(_payload(file, masks[0]), name)
+            encoded = _payload(file, masks[0], name)
+            mask = decode_mask(encoded, name)
             row["class_pixels"] = check_mask(mask, (height, width), num_classes, name)
-            row |= {"mask_offset": masks[0].offset_data, "mask_bytes": masks[0].size}
+            row |= {"mask_offset": masks[0].offset_data, "mask_bytes": masks[0].size, "mask_crc32": zlib.crc32(encoded)}
     except DataError as error:
         faults.append(str(error))
         return None
     return row
 
 
-def _payload(file: pa.NativeFile, info: tarfile.TarInfo) -> bytes:
+def _payload(file: pa.NativeFile, info: tarfile.TarInfo, name: str) -> bytes:
+    if info.size > LARGEST_PAYLOAD:
+        raise DataError(f"a file of key {name} must have at most {LARGEST_PAYLOAD} bytes; got {info.size}. Replace it.")
     file.seek(info.offset_data)
     return bytes(file.read(info.size))
 
 
-def _decode_mask(data: bytes, name: str) -> NDArray[np.uint8]:
+def decode_mask(data: bytes, name: str) -> NDArray[np.uint8]:
+    """Class indices of an encoded mask.
+
+    Raises:
+        DataError: no PNG, damaged, too large, or not 8 bits of one channel.
+    """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            if image.width * image.height > LARGEST_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels, more than {LARGEST_PIXELS} in all")
             image.load()
             if image.mode in ("L", "P"):
                 return np.asarray(image)

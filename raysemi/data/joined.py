@@ -88,6 +88,16 @@ class JoinedPool:
         number, _, shard = name.partition(":")
         return self.pools[int(number)].entry(shard)
 
+    def shard_bytes(self, name: str) -> int:
+        """Length of a shard, by its name in `row`."""
+        number, _, shard = name.partition(":")
+        return self.pools[int(number)].shard_bytes(shard)
+
+    def origin(self, name: str) -> tuple[str, str]:
+        """Path of the pool that a shard is in, and its name there, by its name in `row`."""
+        number, _, shard = name.partition(":")
+        return self.pools[int(number)].origin(shard)
+
     @property
     def num_bytes(self) -> int:
         """Bytes of all shards."""

@@ -6,7 +6,6 @@ Axes: L labeled, U unlabeled images of this rank, V strong views, N boxes of an 
 
 from __future__ import annotations
 
-import logging
 import sys
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping
@@ -25,6 +24,7 @@ from raysemi.data.joined import AnyPool
 from raysemi.data.mixture import order_of
 from raysemi.data.pool import NOT_ANNOTATED
 from raysemi.data.reader import Reader, Sample, Skipped
+from raysemi.data.skips import Skips
 from raysemi.data.store import StoreConfig
 from raysemi.data.types import HostBatch, StrongViews
 from raysemi.data.views import (
@@ -41,7 +41,6 @@ from raysemi.data.views import (
 )
 from raysemi.errors import ConfigError, DataError, DataFailure, RaysemiError
 
-_log = logging.getLogger(__name__)
 _TABLE_STEPS = 64  # steps whose rows are looked up together
 
 
@@ -92,7 +91,7 @@ class DataConfig(Config):
     on_corrupt: Literal["raise", "skip"] = "raise"
     """A corrupt sample stops the run with an error that names it, or is counted, logged and replaced by another."""
     corrupt_limit: int = Field(100, ge=0)
-    """Different corrupt samples that one rank may skip before the run stops."""
+    """Different corrupt samples that a run may skip before it stops, over all ranks and from its first step on."""
     store: StoreConfig = StoreConfig()
     """How pools in an object store are read."""
 
@@ -150,6 +149,8 @@ class Stream:
         pinned: hand out page-locked tensors, which a CUDA device copies without holding the host up.
         strong: family of the strong views, unless `config.views.strong` names one.
         boxes: of a detector, in the unlabeled pool; handed out with each image.
+        skips: where corrupt samples are counted, together with those of other streams; None: a count of its own. With
+            several ranks it is the caller who compares it with the limit, on all of them alike.
 
     Raises:
         ConfigError: a batch that the ranks cannot share.
@@ -176,12 +177,14 @@ class Stream:
         pinned: bool = False,
         strong: StrongViews = "jitter",
         boxes: PoolBoxes | None = None,
+        skips: Skips | None = None,
     ) -> None:
         self.config = config
         self.start, self.stop = start, stop
         self.processes = loader_processes(config.loader_processes, cores)
         self.pinned = pinned
-        self._corrupt: set[str] = set()
+        self.skips = Skips(config.corrupt_limit) if skips is None else skips
+        self._alone = world == 1
         used = [name for name in ("labeled", "unlabeled") if pools.get(name) is not None]
         batches = {"labeled": batch_labeled, "unlabeled": batch_unlabeled}
         faults = [] if used else ["a stream must read at least one pool; got none. Pack one."]
@@ -254,24 +257,15 @@ class Stream:
             batch, skipped = made
             if isinstance(batch, _Fault):
                 raise batch.error from batch.cause
-            self._count(skipped)
+            self.skips.add(skipped)
+            if self._alone:
+                self.skips.check()
             yield batch.pinned() if self.pinned else batch
 
     @property
     def corrupt(self) -> int:
-        """Different corrupt samples that this stream has skipped."""
-        return len(self._corrupt)
-
-    def _count(self, skipped: tuple[Skipped, ...]) -> None:
-        for place, text in skipped:
-            if place not in self._corrupt:
-                self._corrupt.add(place)
-                _log.warning("skipped corrupt sample %d: %s", len(self._corrupt), text)
-        if len(self._corrupt) > self.config.corrupt_limit:
-            raise DataError(
-                f"data.corrupt_limit must not be exceeded: at most {self.config.corrupt_limit} corrupt samples; got "
-                f"{len(self._corrupt)}, the last: {skipped[-1].text}"
-            )
+        """Different corrupt samples that have been skipped."""
+        return len(self.skips)
 
 
 class _Fault(NamedTuple):

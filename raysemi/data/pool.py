@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import fs
 
+from raysemi.bounded import parse_json
+from raysemi.data.limits import LARGEST_POOL_FILE
 from raysemi.data.rows import INDEX_SCHEMA, Rows, whole_shards, write_rows
 from raysemi.data.store import NOT_THERE, StoreConfig, open_store, unreadable
 from raysemi.errors import DataError
@@ -47,7 +49,10 @@ class Shard(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Where one sample lies. Offsets count from the start of the shard; mask fields are None without a mask."""
+    """Where one sample lies. Offsets count from the start of the shard; mask fields are None without a mask.
+
+    A checksum is the CRC-32 of the encoded bytes, which were sound when it was taken; None in an index without them.
+    """
 
     key: str
     shard: str
@@ -57,6 +62,8 @@ class Row(NamedTuple):
     mask_bytes: int | None
     height: int
     width: int
+    image_crc32: int | None = None
+    mask_crc32: int | None = None
 
 
 class Pool:
@@ -84,7 +91,7 @@ class Pool:
         self.num_masks = int(content["masks"])
         self.made: dict[str, Any] = dict(content.get("made", {}))
         """How the pool was made: source, split, recipe."""
-        self._index_sha256 = str(content["index_sha256"])
+        self.index_sha256 = str(content["index_sha256"])
         footer = content.get("index_footer_sha256")  # absent in pools of before
         self._index_footer_sha256 = None if footer is None else str(footer)
 
@@ -105,7 +112,10 @@ class Pool:
         name = f"{folder}/{POOL_FILE}"
         try:
             with filesystem.open_input_stream(name) as stream:
-                content = json.loads(stream.read())
+                text = stream.read(LARGEST_POOL_FILE + 1)
+            if len(text) > LARGEST_POOL_FILE:
+                raise ValueError(f"more than {LARGEST_POOL_FILE} bytes")
+            content = parse_json(text)
         except (FileNotFoundError, NotADirectoryError) as error:
             why = "" if isinstance(filesystem, fs.LocalFileSystem) else f": {error}"
             raise DataError(
@@ -124,8 +134,10 @@ class Pool:
             )
         try:
             pool = cls(str(path), filesystem, folder, content, store)
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path}/{POOL_FILE} must hold all fields; got {error!r}. Pack the pool again.") from error
+            _check_fields(pool)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            text = f"{error!r:.200}"
+            raise DataError(f"{path}/{POOL_FILE} must hold all fields; got {text}. Pack the pool again.") from error
         for shard in pool.shard_files:
             check_shard_name(shard.name, str(path))
         if pool.num_samples == 0:
@@ -175,7 +187,7 @@ class Pool:
             f"{self.path}/{INDEX_FILE}",
             self.shards,
             self.shard_rows,
-            self._index_sha256,
+            self.index_sha256,
             self._index_footer_sha256,
         )
 
@@ -198,11 +210,28 @@ class Pool:
 
     def row(self, i: int) -> Row:
         """Where sample i lies, i from 0 to num_samples - 1."""
-        key, (image_offset, image_bytes, mask_offset, mask_bytes, height, width) = self.rows.row(i)
-        shard = self.shard_files[int(np.searchsorted(self._shard_ends, i, side="right"))].name
-        if mask_offset < 0:
-            return Row(key, shard, image_offset, image_bytes, None, None, height, width)
-        return Row(key, shard, image_offset, image_bytes, mask_offset, mask_bytes, height, width)
+        key, places = self.rows.row(i)
+        image_offset, image_bytes, mask_offset, mask_bytes, height, width, image_crc32, mask_crc32 = places
+        return Row(
+            key,
+            self.shard_files[int(np.searchsorted(self._shard_ends, i, side="right"))].name,
+            image_offset,
+            image_bytes,
+            None if mask_offset < 0 else mask_offset,
+            None if mask_offset < 0 else mask_bytes,
+            height,
+            width,
+            None if image_crc32 < 0 else image_crc32,
+            None if mask_crc32 < 0 else mask_crc32,
+        )
+
+    def shard_bytes(self, name: str) -> int:
+        """Length of a shard as `pool.json` says."""
+        return self._by_name[name].bytes
+
+    def origin(self, name: str) -> tuple[str, str]:
+        """Path of the pool, and of a shard in it, as people know them."""
+        return self.path, name
 
     def open_shard(self, name: str) -> pa.NativeFile:
         """A shard, open for reads at any offset.
@@ -255,6 +284,31 @@ def locate(
     if "://" not in str(path):
         return fs.LocalFileSystem(), str(Path(path).expanduser().absolute())
     return open_store(str(path), store)
+
+
+def _check_fields(pool: Pool) -> None:
+    """Refuses what JSON can hold in the fields of `pool.json` and no pool has.
+
+    Raises:
+        ValueError, TypeError: names the field.
+    """
+    if not all(isinstance(name, str) for name in pool.classes) or len(pool.classes) > NOT_ANNOTATED:
+        raise ValueError(f"classes must be at most {NOT_ANNOTATED} names")
+    if len(pool.palette) != len(pool.classes) or not all(v in range(256) for colour in pool.palette for v in colour):
+        raise ValueError("palette must have three values from 0 to 255 for each class")
+    for shard in pool.shard_files:
+        counts = (shard.samples, shard.bytes)
+        if not all(type(count) is int and 0 <= count < 1 << 62 for count in counts):
+            raise ValueError(f"samples and bytes of a shard must be whole numbers, not {counts}")
+        if not isinstance(shard.name, str) or not isinstance(shard.sha256, str):
+            raise TypeError("name and sha256 of a shard must be texts")
+    if not 0 <= pool.num_masks <= pool.num_samples < 1 << 62:
+        raise ValueError(f"masks must be 0 to {pool.num_samples}, not {pool.num_masks}")
+
+
+def is_plain(key: str) -> bool:
+    """Whether a key is a relative path that stays below any folder it is joined to, and prints on one line."""
+    return key.isprintable() and "\\" not in key and not {"", ".", ".."}.intersection(key.split("/"))
 
 
 def check_shard_name(name: str, where: str) -> None:
@@ -367,40 +421,3 @@ def file_sha256(file: pa.NativeFile) -> tuple[int, str]:
         digest.update(chunk)
         length += len(chunk)
     return length, digest.hexdigest()
-
-
-def verify(pool: Pool, progress: Callable[[int, int], None] | None = None) -> None:
-    """Read every byte of a pool again and compare it with what `pool.json` promises.
-
-    Args:
-        pool: the pool.
-        progress: called with (shards done, shards in all).
-
-    Raises:
-        DataError: names every shard that is missing, cut short or changed, and a changed index.
-    """
-    faults = []
-    try:
-        with pool.filesystem.open_input_stream(f"{pool.folder}/{INDEX_FILE}") as stream:
-            if file_sha256(stream)[1] != pool._index_sha256:
-                faults.append(f"{INDEX_FILE} is not the one that was written with {POOL_FILE}")
-    except OSError as error:
-        faults.append(f"{INDEX_FILE} cannot be read: {error}")
-    for done, shard in enumerate(pool.shard_files, start=1):
-        try:
-            with pool.filesystem.open_input_stream(f"{pool.folder}/{shard.name}") as stream:
-                length, sha256 = file_sha256(stream)
-            if length != shard.bytes:
-                faults.append(f"shard {shard.name} has {length} bytes instead of {shard.bytes}")
-            elif sha256 != shard.sha256:
-                faults.append(f"shard {shard.name} has other bytes than those that were written")
-        except OSError as error:
-            faults.append(f"shard {shard.name} cannot be read: {error}")
-        if progress is not None:
-            progress(done, len(pool.shard_files))
-    if faults:
-        raise DataError(
-            f"pool {pool.path} must hold the bytes that {POOL_FILE} promises; got {len(faults)} faults: "
-            + "; ".join(faults)
-            + ". Copy these files again or pack the pool again."
-        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import struct
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from io import BytesIO
@@ -16,18 +16,15 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from raysemi.data.ahead import Ahead, Payloads
+from raysemi.data.encoded import FORMATS, ends_early
 from raysemi.data.joined import AnyPool
-from raysemi.data.pool import NOT_ANNOTATED, Row
+from raysemi.data.limits import LARGEST_PAYLOAD, LARGEST_PIXELS
+from raysemi.data.pool import NOT_ANNOTATED, Row, is_plain
 from raysemi.data.store import unreadable
 from raysemi.errors import DataError
 
-LARGEST_PIXELS = 89_478_485
-"""Pixels of the largest image that is decoded, Pillow's own bound: a small file may claim to be huge."""
 MOST_OPEN_SHARDS = 128
 MOST_REPLACEMENTS = 16
-
-_FORMATS = ("JPEG", "PNG", "WEBP")
-_BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
 
 
 class CorruptSample(DataError):
@@ -37,9 +34,16 @@ class CorruptSample(DataError):
 class Skipped(NamedTuple):
     """A corrupt sample that was passed over."""
 
-    place: str
-    """Pool, shard and key: the same each time, while the text of a fault may not be."""
+    pool: str
+    shard: str
+    key: str
     text: str
+    """What is wrong with it; may differ from one reading to the next."""
+
+    @property
+    def place(self) -> tuple[str, str, str]:
+        """Pool, shard and key: the same each time."""
+        return self[:3]
 
 
 class Sample(NamedTuple):
@@ -99,7 +103,7 @@ class Reader:
     def picture(self, row_index: int) -> Image.Image:
         """Image of a sample, RGB, as Pillow holds it: what the views resize without another copy. Raises as `image`."""
         row = self._row(row_index)
-        picture = self._decoded(row, row.image_offset, row.image_bytes, "image", _FORMATS)
+        picture = self._decoded(row, row.image_offset, row.image_bytes, row.image_crc32, "image", FORMATS)
         if picture.mode.startswith(("I", "F")):
             raise self._corrupt(row, "image must have 8 bits a channel", picture.mode)
         return picture if picture.mode == "RGB" else picture.convert("RGB")
@@ -116,7 +120,7 @@ class Reader:
                 f"{self._where(row)}: sample must have a mask to be used as labeled; got none. Use a pool in which "
                 f"every sample has one."
             )
-        picture = self._decoded(row, row.mask_offset, row.mask_bytes, "mask", ("PNG",))
+        picture = self._decoded(row, row.mask_offset, row.mask_bytes, row.mask_crc32, "mask", ("PNG",))
         if picture.mode not in ("L", "P"):
             raise self._corrupt(row, "mask must be an 8-bit PNG of one channel", picture.mode)
         mask = np.asarray(picture)
@@ -142,7 +146,8 @@ class Reader:
             except CorruptSample as error:
                 if self.on_corrupt == "raise":
                     raise
-                skipped.append(Skipped(self._where(self.pool.row(tried)), str(error)))
+                row = self.pool.row(tried)
+                skipped.append(Skipped(*self.pool.origin(row.shard), row.key, str(error)))
                 if len(skipped) > MOST_REPLACEMENTS:
                     raise DataError(
                         f"pool {self.pool.path}: at most {MOST_REPLACEMENTS} samples in a row may be corrupt; got "
@@ -151,16 +156,26 @@ class Reader:
             seed = f"{self.pool.digest}/{row_index}/{len(skipped)}".encode()
             tried = int.from_bytes(hashlib.blake2b(seed, digest_size=8).digest(), "little") % self.pool.num_samples
 
-    def _decoded(self, row: Row, offset: int, length: int, what: str, formats: tuple[str, ...]) -> Image.Image:
+    def _decoded(
+        self, row: Row, offset: int, length: int, crc32: int | None, what: str, formats: tuple[str, ...]
+    ) -> Image.Image:
         if row.height * row.width > LARGEST_PIXELS:
             raise self._corrupt(row, f"{what} must have at most {LARGEST_PIXELS} pixels", row.height * row.width)
+        if not is_plain(row.key):
+            raise self._corrupt(row, "key must be a path below a folder", repr(row.key))
         payload = self._payload(row, offset, length, what)
+        if crc32 is not None and zlib.crc32(payload) != crc32:
+            raise self._corrupt(row, f"{what} must have the bytes that were packed", "others")
         try:
             picture = Image.open(BytesIO(payload), formats=formats)
             size = picture.size
             if size == (row.width, row.height):  # known from the header, before anything large is made
                 picture.load()
-        except _BROKEN as error:
+                if crc32 is None and ends_early(payload, picture):
+                    raise ValueError("pixels that end before the end mark")
+        except MemoryError:
+            raise
+        except Exception as error:  # a broken file can raise anything
             got = "other bytes" if isinstance(error, UnidentifiedImageError) else error  # its own text is an address
             raise self._corrupt(row, f"{what} must be a readable {'/'.join(formats)}", got) from error
         if size != (row.width, row.height):
@@ -182,7 +197,14 @@ class Reader:
         try:
             payload = self.given.get((row.shard, offset))
             if payload is None:
-                payload = self._shard(row.shard).read_at(length, offset)
+                shard = self._shard(row.shard)
+                size, promised = shard.size(), self.pool.shard_bytes(row.shard)
+                if size != promised:  # another file, whatever lies at the offsets of this one
+                    raise self._corrupt(row, f"shard must have {promised} bytes as pool.json says", size)
+                inside = 0 <= offset <= size - length and 0 <= length <= LARGEST_PAYLOAD
+                payload = shard.read_at(length, offset) if inside else b""
+        except CorruptSample:
+            raise
         except DataError as error:
             raise type(error)(f"{self._where(row)}: {error}") from error.__cause__
         except OSError as error:
@@ -204,7 +226,8 @@ class Reader:
         return file
 
     def _where(self, row: Row) -> str:
-        return f"pool {self.pool.path}, shard {row.shard}, key {row.key}"
+        path, shard = self.pool.origin(row.shard)
+        return f"pool {path}, shard {shard}, key {row.key}"
 
     def _corrupt(self, row: Row, rule: str, got: object) -> CorruptSample:
         return CorruptSample(

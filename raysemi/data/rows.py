@@ -10,6 +10,7 @@ the pool, or has other rows, is told without reading them. Each page has a check
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from bisect import bisect_right
 from collections import OrderedDict
@@ -24,6 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from raysemi.bounded import parse_json
+from raysemi.data.limits import plain_keys, read_batches
 from raysemi.data.store import NOT_THERE, unreadable
 from raysemi.errors import DataError
 
@@ -37,16 +40,23 @@ INDEX_SCHEMA = pa.schema(
         ("mask_bytes", pa.int64()),
         ("height", pa.int32()),
         ("width", pa.int32()),
+        ("image_crc32", pa.uint32()),
+        ("mask_crc32", pa.uint32()),
         ("class_pixels", pa.list_(pa.int64())),
     ]
 )
 ROWS_A_GROUP = 1 << 15
 """Rows of a group at most. Fewer make a footer that is slow to read, more make each group so: see docs/data.md."""
 ROWS_A_RUN = 256
-CACHE_BYTES = 32 << 20
+CACHE_BYTES = 40 << 20
 """Rows that a pool keeps in a process."""
 
-_PLACES = ("image_offset", "image_bytes", "mask_offset", "mask_bytes", "height", "width")
+_CHECKSUMS = ("image_crc32", "mask_crc32")
+"""Columns that indexes of earlier versions lack."""
+_PLACES = ("image_offset", "image_bytes", "mask_offset", "mask_bytes", "height", "width", *_CHECKSUMS)
+_NEVER_EMPTY = ("key", "shard", "image_offset", "image_bytes", "height", "width")
+_LARGEST_GROUP = 1 << 16  # rows; of earlier versions too
+_ENDS = "group_ends"  # where the first group begins and each ends: asked for it, pyarrow aborts over some footers
 _FOOTER_GUESS = 1 << 16  # bytes at the end that are read at once: the whole footer of a small pool
 _MAGIC = b"PAR1"
 _FORMAT = {
@@ -93,11 +103,13 @@ def write_rows(stream: IO[bytes], groups: Iterable[pa.Table]) -> Written:
     sink = _Sink(stream)
     samples = masks = 0
     with pq.ParquetWriter(sink, INDEX_SCHEMA, **_FORMAT) as writer:
+        ends = [sink.tell()]
         for group in groups:
             writer.write_table(group, row_group_size=max(group.num_rows, 1))
+            ends.append(sink.tell())
             samples += group.num_rows
             masks += group.num_rows - group.column("mask_offset").null_count
-        writer.add_key_value_metadata({"rows_sha256": sink.whole.hexdigest()})
+        writer.add_key_value_metadata({"rows_sha256": sink.whole.hexdigest(), _ENDS: json.dumps(ends)})
         sink.footer = hashlib.sha256()
     return Written(samples, masks, sink.whole.hexdigest(), sink.footer.hexdigest())
 
@@ -163,7 +175,7 @@ class _Run(NamedTuple):
 
     keys: pa.StringArray
     places: NDArray[np.int64]
-    """int64 [rows, 6], `_PLACES`; -1 for none."""
+    """int64 [rows, 8], `_PLACES`; -1 for none."""
 
     @property
     def bytes(self) -> int:
@@ -253,7 +265,11 @@ class Rows:
                     f"or pack the pool again (shards of others: `raysemi index`)."
                 )
             self._metadata = pq.read_metadata(pa.BufferReader(_MAGIC + footer))
+            self._names = frozenset(self._metadata.schema.to_arrow_schema().names)
             groups = [self._metadata.row_group(group).num_rows for group in range(self._metadata.num_row_groups)]
+            if min(groups, default=1) < 0 or max(groups, default=1) > _LARGEST_GROUP:
+                raise ValueError(f"row groups of {min(groups)} to {max(groups)} rows")
+            self._ends = _group_ends(self._metadata, self._size)
         except DataError:
             raise
         except _BROKEN as error:
@@ -264,7 +280,7 @@ class Rows:
             raise self._broken(f"have {self._shard_ends[-1]} rows; got {self._starts[-1]}")
 
     def row(self, i: int) -> tuple[str, list[int]]:
-        """Key of row i, and its image_offset, image_bytes, mask_offset, mask_bytes, height and width; -1 for none.
+        """Key of row i, and its offsets, sizes and checksums in the order of `Row`; -1 for none.
 
         Raises:
             DataError: its group is broken.
@@ -293,6 +309,12 @@ class Rows:
         for group in range(len(self._starts) - 1):
             yield self._group(group, INDEX_SCHEMA.names if columns is None else columns)
 
+    def table(self, start: int, stop: int, columns: Sequence[str]) -> pa.Table:
+        """Rows from `start` to `stop`, at least one; nothing of it is kept. Raises as `groups`."""
+        first, last = (bisect_right(self._starts, i) - 1 for i in (start, stop - 1))
+        groups = [self._group(group, columns) for group in range(first, last + 1)]
+        return pa.concat_tables(groups).slice(start - self._starts[first], stop - start)
+
     def _begin(self) -> None:
         """Handles, locks and rows of a parent process are not used: their state is shared, or that of a moment."""
         self._file = self._open_file()
@@ -320,25 +342,28 @@ class Rows:
             self._cache.add((group, number), run, wanted=number in own)
 
     def _group(self, group: int, columns: Sequence[str]) -> pa.Table:
-        schema = pa.schema([INDEX_SCHEMA.field(name) for name in columns])
+        """Some columns of a group, all of which is read; `_CHECKSUMS` that it lacks are empty."""
+        if self._process != os.getpid():
+            self._begin()
+        start, stop = self._ends[group : group + 2] if self._ends else (0, self._size)
+        window = _Window(start, self._read(start, stop), self._size)
         try:
-            if self._process != os.getpid():
-                self._begin()
-            start, stop = self._stretch(group, columns)
-            window = _Window(start, self._read(start, stop), self._size)
             parquet = pq.ParquetFile(
                 pa.PythonFile(window, mode="r"),
                 metadata=self._metadata,
-                read_dictionary=["shard"],
+                read_dictionary=["key", "shard"],
                 pre_buffer=False,
                 page_checksum_verification=True,
             )
-            table = parquet.read_row_group(group, columns=list(columns), use_threads=False)
-            table = table.select(columns)
-            table = table if table.schema.equals(schema) else table.cast(schema)
+            there = [name for name in columns if name in self._names or name not in _CHECKSUMS]
+            table = plain_keys(read_batches(parquet, there, group))
+            for name in columns:
+                if name not in there:
+                    table = table.append_column(name, pa.nulls(table.num_rows, pa.uint32()))
+            table = table.select(columns).cast(pa.schema([INDEX_SCHEMA.field(name) for name in columns]))
+            if any(table.column(name).null_count for name in _NEVER_EMPTY if name in columns):
+                raise ValueError("an empty place")
             table = table.unify_dictionaries().combine_chunks()
-        except DataError:
-            raise
         except _BROKEN as error:
             raise self._broken(f"be a readable index; got {error}") from error
         if "shard" in columns:
@@ -350,18 +375,6 @@ class Rows:
             return bytes(self._file.read_at(stop - start, start))
         except OSError as error:
             raise unreadable(self._name, error) from error
-
-    def _stretch(self, group: int, columns: Sequence[str]) -> tuple[int, int]:
-        """Where the columns of a group lie in the file."""
-        row_group = self._metadata.row_group(group)
-        chunks = [row_group.column(column) for column in range(row_group.num_columns)]
-        chunks = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns]
-        starts = [
-            chunk.data_page_offset if not chunk.has_dictionary_page else chunk.dictionary_page_offset
-            for chunk in chunks
-        ]
-        ends = [start + chunk.total_compressed_size for start, chunk in zip(starts, chunks, strict=True)]
-        return min(starts), min(max(ends), self._size)
 
     def _check_shards(self, group: int, table: pa.Table) -> None:
         start, stop = self._starts[group], self._starts[group + 1]
@@ -385,10 +398,25 @@ def _numbers(column: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
     own = slice(array.offset, array.offset + len(array))
     if values is None or array.null_count == len(array):
         return np.full(len(array), -1, dtype=np.int64)
-    numbers = np.frombuffer(values, f"i{array.type.bit_width // 8}")[own].astype(np.int64)
+    kind = "u" if pa.types.is_unsigned_integer(array.type) else "i"
+    numbers = np.frombuffer(values, f"{kind}{array.type.bit_width // 8}")[own].astype(np.int64)
     if array.null_count:
         numbers[np.unpackbits(np.frombuffer(there, np.uint8), bitorder="little")[own] == 0] = -1
     return numbers
+
+
+def _group_ends(metadata: pq.FileMetaData, size: int) -> list[int] | None:
+    """Where the first group begins and each one ends; None in indexes of earlier versions."""
+    text = (metadata.metadata or {}).get(_ENDS.encode())
+    if text is None:
+        return None
+    ends = parse_json(text)
+    whole = isinstance(ends, list) and all(type(end) is int for end in ends)
+    if not whole or len(ends) != metadata.num_row_groups + 1 or ends != sorted(ends) or not 0 <= ends[0] <= size:
+        raise ValueError("row groups that do not lie one after the other")
+    if ends[-1] > size:
+        raise ValueError("row groups that end behind the file")
+    return cast(list[int], ends)
 
 
 def _footer(file: pa.NativeFile, size: int) -> bytes:

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import tarfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from raysemi.data.encoded import FORMATS, ends_early
+from raysemi.data.limits import LARGEST_PIXELS
 from raysemi.data.pool import IMAGE_SUFFIXES, MASK_SUFFIX, NOT_ANNOTATED, Shard, file_sha256
 from raysemi.data.sources import Item, Source
 from raysemi.errors import DataError, DataFailure
@@ -161,6 +164,7 @@ def _sample(source: Source, entry: Entry) -> tuple[dict[str, Any], dict[str, Any
         raise DataError(f"image of {name} must be one of {', '.join(IMAGE_SUFFIXES)}; got {suffix}. Convert it.")
     height, width = check_image(image, name)
     row: dict[str, Any] = {"key": entry.key, "height": height, "width": width, "class_pixels": None}
+    row["image_crc32"], row["mask_crc32"] = zlib.crc32(image), None
     sample: dict[str, Any] = {"__key__": entry.key, suffix: image}
     if entry.with_mask:
         try:
@@ -171,6 +175,7 @@ def _sample(source: Source, entry: Entry) -> tuple[dict[str, Any], dict[str, Any
             raise DataError(f"labeled image {name} must have a mask; got none. Add it or take it from the split.")
         row["class_pixels"] = check_mask(mask, (height, width), len(source.classes), name)
         sample[MASK_SUFFIX] = _png(mask)
+        row["mask_crc32"] = zlib.crc32(sample[MASK_SUFFIX])
     return sample, row
 
 
@@ -178,14 +183,18 @@ def check_image(image: bytes, name: str) -> tuple[int, int]:
     """Height and width of an encoded image that can be decoded to its end and stands upright.
 
     Raises:
-        DataError: unreadable, cut short, more than 8 bits a channel, or with an EXIF rotation.
+        DataError: unreadable, cut short, too large, more than 8 bits a channel, or with an EXIF rotation.
     """
     try:
-        with Image.open(io.BytesIO(image)) as opened:
+        with Image.open(io.BytesIO(image), formats=FORMATS) as opened:
             width, height = opened.size
             mode = opened.mode
+            if width * height > LARGEST_PIXELS:
+                raise ValueError(f"{width} x {height} pixels, more than {LARGEST_PIXELS} in all")
             opened.draft(None, (max(width // 8, 1), max(height // 8, 1)))  # JPEG: every byte is read, few are painted
             opened.load()
+            if ends_early(image, opened, thorough=True):
+                raise ValueError("a JPEG whose pixels end before its end mark")
             turn = opened.getexif().get(_EXIF_ORIENTATION, 1)
     except Exception as error:  # a broken file can raise anything
         raise DataError(f"image of {name} must be readable to its end; got {error}. Replace or remove it.") from error
@@ -230,19 +239,31 @@ def members(file: IO[bytes], name: str) -> Iterator[tarfile.TarInfo]:
     """Members of a tar file that is whole: `offset_data` and `size` say where each payload lies.
 
     Raises:
-        DataError: not a plain tar file, or cut short, even where the cut falls between two members.
+        DataError: not a plain tar file, or cut short, even where the cut falls between two members; names the member
+            before.
     """
-    end = 0
+    end, after = 0, ""
     try:
+        length = file.seek(0, os.SEEK_END)
+        file.seek(0)
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
+                # a size below 0 would lead back to where it came from
+                if member.size < 0 or member.issparse() or not end <= member.offset_data <= length - member.size:
+                    raise tarfile.ReadError(f"{member.size} bytes of {member.name!r}, which are not there in one piece")
                 yield member
                 end = member.offset_data + (member.size + 511) // 512 * 512
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise DataError(f"shard {name} must be a whole, uncompressed tar file; got {error}. Copy it again.") from error
+                after = f" after {member.name!r}"
+    except Exception as error:  # a broken header can raise anything
+        raise DataError(
+            f"shard {name} must be a whole, uncompressed tar file; got {error}{after}. Copy it again."
+        ) from error
     file.seek(end)
     if file.read(512) != bytes(512):
-        raise DataError(f"shard {name} must end with an end-of-archive block; it is cut short. Copy it again.")
+        raise DataError(
+            f"shard {name} must end with an end-of-archive block; it is cut short, or a header is broken{after}. Copy "
+            "it again."
+        )
 
 
 def _add_offsets(rows: list[dict[str, Any]], file: IO[bytes]) -> None:

@@ -123,10 +123,10 @@ def open_store(url: str, config: StoreConfig | None = None) -> tuple[fs.FileSyst
             f"pool must be a folder or a URL such as s3://bucket/pool; got {shown}, and a web server promises neither "
             f"reads by range nor unchanged bytes. Copy the pool, or set data.store.endpoint to an S3 server."
         )
-    if scheme == "file":
-        filesystem, folder = fs.FileSystem.from_uri(url)
-        return filesystem, folder.rstrip("/")
     try:
+        if scheme == "file":
+            filesystem, folder = fs.FileSystem.from_uri(url)
+            return filesystem, folder.rstrip("/")
         address, folder = _address(url, scheme, config)
     except pa.ArrowException as error:
         raise DataError(

@@ -43,7 +43,13 @@ def open_pool(path: str | None, setting: str, *, masks: bool = False, store: Sto
     if pool.num_samples == 0:
         raise DataError(f"{setting} must hold at least one sample; got an empty pool, {path}. Pack it again.")
     if masks and not pool.labeled:
-        raise DataError(f"{setting} must have a mask for every image; got {path}. Pack it from a labeled source.")
+        missing = pool.num_samples - pool.num_masks
+        groups = pool.rows.groups(("key", "mask_offset"))
+        first = next(keys[0] for group in groups if (keys := group.filter(group["mask_offset"].is_null())["key"]))
+        raise DataError(
+            f"{setting} must have a mask for every image; got {path} with {missing} that have none, the first {first}. "
+            "Pack it from a labeled source."
+        )
     return pool
 
 

@@ -19,6 +19,8 @@ from raysemi.config import RunConfig, check_world
 from raysemi.data.joined import AnyPool
 from raysemi.data.loader import Stream
 from raysemi.data.mixture import passes
+from raysemi.data.reader import Skipped
+from raysemi.data.skips import Skips
 from raysemi.engine import checkpoint, distributed
 from raysemi.engine.evaluate import evaluate
 from raysemi.engine.folder import RunFolder
@@ -31,6 +33,8 @@ from raysemi.methods.base import AcrossRanks
 from raysemi.ops.confusion import iou, mean_iou, pixel_accuracy
 
 _log = logging.getLogger(__name__)
+SKIPPED_FILE = "skipped.json"
+"""Of the run folder: corrupt samples that any rank has passed over."""
 OnLog = Callable[[int, dict[str, float]], None]
 
 
@@ -83,6 +87,7 @@ class _Run:
         )  # fmt: skip
         self.seconds = 0.0
         self.record: Record | None = None
+        self.skips = Skips(config.data.corrupt_limit)
         self.result: dict[str, Any] = {}
         self._clock = time.perf_counter()
         self._best_step: int | None = None
@@ -128,6 +133,7 @@ class _Run:
             pinned=self.trainer.device.type == "cuda",
             strong=method.strong,
             boxes=self.boxes,
+            skips=self.skips,
         )
 
     def _resume(self) -> None:
@@ -145,6 +151,7 @@ class _Run:
                 )
             self.trainer.restore(snapshot)
             self.seconds = snapshot.state["seconds"]
+            self.skips.restore(snapshot.state.get("skipped", []))
             if self.folder.exists("result.json"):
                 self.result = json.loads(self.folder.read_bytes("result.json"))
             self._best_miou = best_miou
@@ -162,6 +169,21 @@ class _Run:
                 f"at step {first} on one rank and {last} on another. Give a shared folder or an object store, or "
                 "remove the checkpoints that the log names."
             )
+
+    def _agree_on_skips(self) -> None:
+        """Tells every rank what the others have skipped since the last time, and stops all of them when it is too much.
+
+        Called at each log line and checkpoint, so that no step pays for it; texts travel only when there are some.
+        """
+        if self.config.data.on_corrupt != "skip":
+            return
+        untold = self.skips.untold()
+        if float(self.across.max(torch.tensor(float(len(untold)), device=self.trainer.device))):
+            told = distributed.gather([json.dumps(sample) for sample in untold], self.across)
+            self.skips.add((Skipped(*json.loads(text)) for text in told), log=False)
+            if self.across.rank == 0:
+                self.folder.write_bytes(SKIPPED_FILE, json.dumps(self.skips.as_rows(), indent=1).encode())
+        self.skips.check()
 
     @property
     def _batches(self) -> dict[str, int]:
@@ -189,8 +211,9 @@ class _Run:
         return {name: pool.digest for name, pool in self.pools.items()} | boxes
 
     def _log_training(self, step: int, metrics: dict[str, float]) -> None:
-        """What the trainer has measured, and how often the pools have been seen."""
-        seen = {}
+        """What the trainer has measured, how often the pools have been seen, and how much of them was skipped."""
+        self._agree_on_skips()
+        seen = {"data/skipped": float(len(self.skips))} if self.config.data.on_corrupt == "skip" else {}
         for name, found in self._passes(step).items():
             seen[f"data/{name}_passes"] = step * self._batches[name] / self.pools[name].num_samples
             if len(found) > 1:
@@ -213,6 +236,7 @@ class _Run:
             self.record.write(step, values)
 
     def _save(self, step: int) -> None:
+        self._agree_on_skips()
         if self.across.rank != 0:
             return
         now = time.perf_counter()
@@ -223,6 +247,7 @@ class _Run:
             "seconds": self.seconds,
             "seed": self.config.seed,
             "digests": self._digests(),
+            "skipped": self.skips.as_rows(),
             "classes": list(self.labeled.classes),
             "palette": [list(colour) for colour in self.labeled.palette],
             "versions": {"python": platform.python_version(), "torch": torch.__version__},

@@ -24,6 +24,8 @@ from raysemi.report.runs import Confusion, Floats, Group, Spread, differences, g
 
 LARGEST_TABLE = 32
 """Classes of a confusion matrix that a table still shows; more become a picture."""
+MOST_SKIPPED = 200
+"""Corrupt samples of a run that are listed; its `skipped.json` has all."""
 _STAGES = ("before", "after")
 _QUALITY = {
     "accuracy": ("Accuracy", "correct / valid"),
@@ -122,6 +124,7 @@ def render(groups: Sequence[Group]) -> str:
         colours=_colours(groups),
         confusions=_confusions(groups),
         pictures=comparisons(groups, figures.NUM_SERIES),
+        skipped=_skipped(groups),
         differences=differences(groups),
         configs=[yaml.safe_dump(dict(group.runs[0].config), sort_keys=False) for group in groups],
         num_series=figures.NUM_SERIES,
@@ -338,6 +341,22 @@ def _confusions(groups: Sequence[Group]) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def _skipped(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Corrupt samples of each run that has passed over some; of very many, the first."""
+    return [
+        {
+            "series": position % figures.NUM_SERIES,
+            "name": group.name,
+            "seed": run.config.get("seed", 0),
+            "count": len(run.skipped),
+            "rows": run.skipped[:MOST_SKIPPED],
+        }
+        for position, group in enumerate(groups)
+        for run in group.runs
+        if run.skipped
+    ]
 
 
 def _worst(confusion: Confusion, count: int = 5) -> list[tuple[str, str, float]]:

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-import yaml
 from numpy.typing import NDArray
 from pyarrow import ArrowInvalid
 
+from raysemi.bounded import parse_json, parse_yaml
 from raysemi.engine.folder import RunFolder
 from raysemi.errors import CheckpointError
 
@@ -62,6 +62,8 @@ class Run:
     """Metric name -> (steps, values), finite values alone, steps ascending."""
     confusion: Confusion | None
     pictures: tuple[Picture, ...]
+    skipped: tuple[Mapping[str, str], ...] = ()
+    """Corrupt samples that it passed over: pool, shard, key and reason of each."""
 
     @property
     def method(self) -> str:
@@ -165,8 +167,8 @@ def read_run(location: str | Path) -> Run:
         raise CheckpointError(
             f"run must be a run folder with a config.yaml; got {location}. Give the folder that `raysemi train` wrote."
         )
-    config = _parse(folder, "config.yaml", yaml.safe_load)
-    result = _parse(folder, "result.json", json.loads) if folder.exists("result.json") else None
+    config = _parse(folder, "config.yaml", lambda content: parse_yaml(content.decode()))
+    result = _parse(folder, "result.json", parse_json) if folder.exists("result.json") else None
     curves = _parse(folder, "metrics.parquet", _curves) if folder.exists("metrics.parquet") else {}
     if result is None and not curves:
         raise CheckpointError(
@@ -174,7 +176,7 @@ def read_run(location: str | Path) -> Run:
         )
     confusion_file = "evaluation/confusion.json"
     confusion = _parse(folder, confusion_file, _confusion) if folder.exists(confusion_file) else None
-    return Run(str(location), config, result, curves, confusion, _pictures(folder))
+    return Run(str(location), config, result, curves, confusion, _pictures(folder), _skipped(folder))
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
@@ -232,12 +234,12 @@ def _short(value: Any) -> str:
 
 
 def _parse(folder: RunFolder, name: str, parse: Callable[[bytes], Any]) -> Any:
-    """A file's content; what cannot be read names the file. Every part but the pictures' list is a mapping."""
+    """A file's content; what cannot be read names the file. Every part but the lists is a mapping."""
     try:
         content = parse(folder.read_bytes(name))
-        if name != "pictures/pictures.json" and not isinstance(content, Mapping | Confusion):
+        if not name.startswith(("pictures/", "skipped")) and not isinstance(content, Mapping | Confusion):
             raise TypeError(f"a {type(content).__name__} at its top")
-    except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError, ArrowInvalid) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArrowInvalid) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
             f"{folder.location}/{name} must be as `raysemi train` writes it; got {reason or type(error).__name__}. "
@@ -261,7 +263,7 @@ def _curves(content: bytes) -> dict[str, tuple[NDArray[np.int64], Floats]]:
 
 
 def _confusion(content: bytes) -> Confusion:
-    parts = json.loads(content)
+    parts = parse_json(content)
     classes = tuple(str(name) for name in parts["classes"])
     matrix = np.array(parts["matrix"], np.int64)
     if matrix.shape != (len(classes),) * 2:
@@ -282,11 +284,24 @@ def _pictures(folder: RunFolder) -> tuple[Picture, ...]:
                 str(entry["key"]),
                 tuple(_panel(folder, str(panel["title"]), str(panel["file"])) for panel in entry["panels"]),
             )
-            for entry in json.loads(content)
+            for entry in parse_json(content)
         )
 
     pictures: tuple[Picture, ...] = _parse(folder, name, parse)
     return pictures
+
+
+def _skipped(folder: RunFolder) -> tuple[Mapping[str, str], ...]:
+    name = "skipped.json"
+    if not folder.exists(name):
+        return ()
+
+    def parse(content: bytes) -> tuple[Mapping[str, str], ...]:
+        names = ("pool", "shard", "key", "reason")
+        return tuple({name: str(row[name]) for name in names} for row in parse_json(content))
+
+    rows: tuple[Mapping[str, str], ...] = _parse(folder, name, parse)
+    return rows
 
 
 def _panel(folder: RunFolder, title: str, file: str) -> Panel:

@@ -54,6 +54,8 @@ def groups(shards: list[Shard], at_most: int) -> Iterator[pa.Table]:
             "mask_bytes": pa.nulls(rows, pa.int64()),
             "height": rng.choice([480, 427, 375, 640, 500], rows).astype(np.int32),
             "width": rng.choice([640, 500, 480, 333], rows).astype(np.int32),
+            "image_crc32": pa.array(rng.integers(0, 1 << 32, rows), pa.uint32()),
+            "mask_crc32": pa.nulls(rows, pa.uint32()),
             "class_pixels": pa.nulls(rows, pa.list_(pa.int64())),
         }
         yield pa.table(columns, schema=INDEX_SCHEMA)

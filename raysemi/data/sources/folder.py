@@ -31,10 +31,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 from PIL import Image
 
+from raysemi.bounded import YAMLFault, parse_yaml
 from raysemi.data.pool import IMAGE_SUFFIXES, NOT_ANNOTATED
 from raysemi.data.sources import FileSource, Item, Palette, Part, default_palette, listed, source_root
 from raysemi.errors import DataError
@@ -202,8 +202,8 @@ def read_class_map(path: Path) -> ClassMap:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} must hold the class names, one a line; got {error}. Write it.") from error
     try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        content = parse_yaml(text)
+    except YAMLFault as error:
         if path.suffix in (".yaml", ".yml") or text.lstrip().startswith("classes:"):
             raise DataError(f"{path} must be YAML; got {error}. Correct it.") from error
         content = None

@@ -83,7 +83,7 @@ def test_a_full_disk_while_indexing_or_predicting_is_a_failure(trained: Path, sc
         (["pack", "scenes", "--out", "x"], "raysemi.data.pack.pack", "goes on with what is finished"),
         (["predict", "run", "--out", "x"], "raysemi.api.predict", "begins anew"),
         (["evaluate", "run"], "raysemi.api.evaluate", "begins anew"),
-        (["verify", "VAL"], "raysemi.data.pool.verify", "begins anew"),
+        (["verify", "VAL"], "raysemi.data.verify.verify", "begins anew"),
     ],
 )
 def test_ctrl_c_says_what_the_same_command_does(

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from raysemi.data.index import index_shards
-from raysemi.data.pool import Pool, verify
+from raysemi.data.pool import Pool
+from raysemi.data.verify import verify
 from raysemi.errors import DataError
 
 

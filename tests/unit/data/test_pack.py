@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from raysemi.data.pack import pack
-from raysemi.data.pool import Pool, verify
+from raysemi.data.pool import Pool
 from raysemi.data.sources import open_source
+from raysemi.data.verify import verify
 from raysemi.errors import ConfigError, DataError
 
 NUM_TRAIN, NUM_VAL = 11, 3

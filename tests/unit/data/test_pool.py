@@ -14,8 +14,9 @@ from PIL import Image
 from pyarrow import fs
 
 from raysemi.data.pack import pack
-from raysemi.data.pool import Pool, check_shard_name, verify
+from raysemi.data.pool import Pool, check_shard_name
 from raysemi.data.sources import open_source
+from raysemi.data.verify import verify
 from raysemi.errors import DataError
 
 

@@ -9,9 +9,10 @@ import pytest
 from object_store import upload
 from pyarrow import fs
 
-from raysemi.data.pool import Pool, verify
+from raysemi.data.pool import Pool
 from raysemi.data.reader import Reader
 from raysemi.data.store import StoreConfig, open_store
+from raysemi.data.verify import verify
 from raysemi.errors import DataError, DataFailure
 
 
