@@ -29,7 +29,7 @@ def png(mask: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_pool() -> Callable[..., Pool]:
     """make_pool(folder, count, ...) -> the open pool; `change(key, files)` may damage the files of a sample."""
 
