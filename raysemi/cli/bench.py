@@ -88,6 +88,7 @@ def bench_data(
     images: Annotated[int, typer.Option(min=1, help="Images that each reads in a turn.")] = 256,
     turns: Annotated[int, typer.Option(min=1, help="Times that they take turns.")] = 5,
     beside: Annotated[str, typer.Option(help="Also time these: webdataset, folder, litdata.")] = "",
+    plot: Annotated[Path | None, typer.Option(help="Picture of the rates: FILE.png, .svg or .pdf.")] = None,
     as_json: Json = False,
 ) -> None:
     """Time the stream of a pool against its floor: reading, decoding and resizing the same images, nothing else.
@@ -96,12 +97,17 @@ def bench_data(
     """
     import torch
 
+    from raysemi.bench import data_plot
     from raysemi.bench.data import DataSettings, as_table, measure_data
 
+    if plot is not None:
+        data_plot.check_plot(plot)
     torch.set_num_threads(1)  # as in a loader process
     settings = DataSettings(crop, batch, images, turns, tuple(_words(beside)))
     with Bar("turns") as bar:
         results = measure_data(pool, settings, _naturals("--processes", processes), bar)
+    if plot is not None:
+        data_plot.plot(results, plot)
     if as_json:
         typer.echo(json.dumps([result.as_dict() for result in results]))
     else:

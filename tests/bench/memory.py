@@ -1,6 +1,6 @@
 """Memory of the stream over many steps: resident bytes of the process and of its loader process; one JSON line.
 
-    python tests/bench/memory.py [STEPS]
+python tests/bench/memory.py [STEPS]
 """
 
 from __future__ import annotations
