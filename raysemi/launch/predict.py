@@ -32,12 +32,13 @@ from raysemi.launch.train import ctrl_c_wins
 
 Progress = Callable[[int, int], None]
 _PLAN = "plan.json"
+_TRIED = ".tried"
 _PATHS = ("run", "pool")
 """Of the notes, what may read otherwise when the same work goes on."""
 _MOST_TASKS = 4096
 """Tasks that Ray Data is given at once; of a pool with more shards each takes several."""
 _TRIES = 3
-"""Times that a task whose worker died is given to another one: what kills every worker must end the work."""
+"""Workers that may die over one shard. Ray Data gives it to the next one for ever: nodes come and go."""
 
 
 def predict_shards(
@@ -220,6 +221,8 @@ def _begin(folder: Path, notes: Mapping[str, Any]) -> bool:
     try:
         if beside.exists():
             _refuse_another(folder, json.loads(beside.read_bytes()), notes)
+            for tried in beside.parent.glob(f"*{_TRIED}"):
+                tried.unlink()
             return False
         foreign = [path for path in folder.rglob("*") if path.is_file()] if folder.exists() else []
         if foreign:
@@ -267,15 +270,13 @@ def _on_ray(job: _Job, tally: _Tally, workers: int, paths: Sequence[tuple[str, s
                 compute=ray.data.ActorPoolStrategy(size=settings.num_workers, max_tasks_in_flight_per_actor=1),
                 num_cpus=cpus,
                 num_gpus=int(gpu),
-                max_restarts=-1,
-                max_task_retries=_TRIES,
             )
             try:
                 for row in results.iter_rows():
                     tally.add(*_read_result(row["result"]))
             except ray.exceptions.RayActorError as error:
                 first = str(error).strip().splitlines()[0]
-                raise RaysemiError(f"workers must stay alive; got one that died {_TRIES + 1} times: {first}") from error
+                raise RaysemiError(f"workers must stay alive; got {first}") from error
 
 
 class _Worker:
@@ -289,12 +290,34 @@ class _Worker:
     def __call__(self, task: dict[str, Any]) -> dict[str, str]:
         number = int(task["number"])
         try:
+            tries = _count_try(self._job.plan(number))
             if self._predictor is None:
                 self._predictor = self._job.predictor(load_network(self._job.run, self._job.step))
             done = self._job.write(self._predictor, number)
-        except RaysemiError as error:  # as a value: Ray would wrap it, and begin the shard again
+            tries.unlink(missing_ok=True)
+        except RaysemiError as error:  # as a value: Ray would wrap it
             return {"result": json.dumps({"error": type(error).__name__, "text": str(error)})}
         return {"result": json.dumps({"number": number, "samples": done.samples, "faults": done.faults})}
+
+
+def _count_try(plan: ShardPlan) -> Path:
+    """Notes that a worker begins a shard, in a file that it removes at the end.
+
+    Raises:
+        RaysemiError: as many others as may die have done so, or the folder cannot be written.
+    """
+    path = plan.part.with_suffix(_TRIED)
+    try:
+        with path.open("ab") as file:
+            if file.tell() >= _TRIES:
+                raise RaysemiError(
+                    f"workers must stay alive; got {_TRIES} that died over {plan.path.name}, often for lack of memory. "
+                    "Use fewer --workers on a machine, or a smaller eval.batch."
+                )
+            file.write(b"+")
+    except OSError as error:
+        raise DataError(f"{plan.path.parent} must be writable on every node; got {error}. Share it.") from error
+    return path
 
 
 def _read_result(text: str) -> tuple[int, ShardDone]:

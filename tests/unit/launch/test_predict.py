@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -18,9 +19,12 @@ from raysemi import config_io
 from raysemi.config import RunConfig
 from raysemi.data.pool import Pool, verify
 from raysemi.data.reader import Reader
-from raysemi.data.shard import PARTS
+from raysemi.data.shard import PARTS, ShardDone
 from raysemi.engine.predict_shards import ShardPredictor
-from raysemi.errors import ConfigError, DataError, DataFailure
+from raysemi.errors import CheckpointError, ConfigError, DataError, DataFailure, RaysemiError
+from raysemi.launch.predict import _Job as Job
+from raysemi.launch.predict import _read_result as read_result
+from raysemi.launch.predict import _Worker as Worker
 from raysemi.launch.predict import predict_shards
 from raysemi.launch.restore import Trained
 from raysemi.launch.train import launch
@@ -41,7 +45,7 @@ def trained(scenes: Path, pool: Pool, tmp_path: Path) -> Trained:
     return trained_on(pool, tiny_run(scenes, tmp_path / "run", "fixmatch"))
 
 
-def predict(trained: Trained, pool: Pool, out: Path, *overrides: str, **how: object) -> Pool:
+def predict(trained: Trained, pool: Pool, out: str | Path, *overrides: str, **how: object) -> Pool:
     config = config_io.change(trained.config, overrides)
     return predict_shards("runs/a", trained, config, pool, out, **how)
 
@@ -96,7 +100,7 @@ def test_an_interrupted_prediction_goes_on_to_the_same_bytes(
     calm, torn = tmp_path / "calm", tmp_path / "torn"
     predict(trained, pool, calm, min_confidence=0.2)
     with monkeypatch.context() as patch:
-        stop_at, write = ("first", "between", "last").index(moment) if moment != "before the index" else None, None
+        stop_at = ("first", "between", "last").index(moment) if moment != "before the index" else None
         write = ShardPredictor.write
 
         def interrupted(self: ShardPredictor, number: int, *rest: object):
@@ -159,12 +163,15 @@ def test_kill_9_in_the_middle_leaves_what_the_same_command_finishes(
     assert content(torn) == content(calm)
 
 
-def test_a_finished_shard_that_changed_is_written_again(trained: Trained, pool: Pool, tmp_path: Path) -> None:
+def test_a_finished_shard_that_changed_is_written_again(
+    trained: Trained, pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calm, torn = tmp_path / "calm", tmp_path / "torn"
     predict(trained, pool, calm)
-    with pytest.raises(DataError, match="must stay until its pool is done"), pytest.MonkeyPatch.context() as patch:
+    with monkeypatch.context() as patch:
         patch.setattr("raysemi.data.shard.read_part", lambda plan: None)
-        predict(trained, pool, torn)
+        with pytest.raises(DataError, match="must stay until its pool is done"):
+            predict(trained, pool, torn)
     with (torn / "predicted-000001.tar").open("r+b") as shard:
         shard.seek(700)
         shard.write(b"other")
@@ -180,9 +187,10 @@ def test_a_folder_of_another_prediction_is_refused(
     if finished:
         predict(trained, pool, out)
     else:
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(ShardPredictor, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-            predict(trained, pool, out)
+        with monkeypatch.context() as patch:
+            patch.setattr("raysemi.launch.predict.finish_pool", lambda *_: None)
+            with pytest.raises(DataError, match="pool must be a folder"):
+                predict(trained, pool, out)
     before = content(out)
     other, val = replace(trained, step=30, digest="4567"), Pool.open(scenes / "val")
     sliding = ("eval.mode=sliding_window", "eval.window=48")
@@ -238,13 +246,19 @@ def test_corrupt_images_are_named_when_the_other_shards_are_done(trained: Traine
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(
-    trained: Trained, pool: Pool, tmp_path: Path, overrides: tuple[str, ...], how: dict[str, object], text: str
+    trained: Trained,
+    pool: Pool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: tuple[str, ...],
+    how: dict[str, object],
+    text: str,
 ) -> None:
-    out = Path("out") if "out" not in how else how.pop("out")
-    with pytest.raises(ConfigError, match=text), pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before, out = list(tmp_path.iterdir()), how.pop("out", "out")
+    with pytest.raises(ConfigError, match=text):
         predict(trained, pool, out, *overrides, **how)
-    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.iterdir()) == before
 
 
 def test_ranks_of_torchrun_are_sent_to_ray(
@@ -253,3 +267,51 @@ def test_ranks_of_torchrun_are_sent_to_ray(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=r"--shards must run as one process; .* Use --workers"):
         predict(trained, pool, tmp_path / "out")
+
+
+@pytest.fixture
+def job(scenes: Path, pool: Pool, tmp_path: Path) -> Job:
+    """What a worker is told: a run of two steps, a pool of three shards of which the second has a broken image."""
+    launch(tiny_run(scenes, tmp_path / "trained", "fixmatch", "train.steps=2"))
+    broken = tmp_path / "broken"
+    shutil.copytree(pool.path, broken)
+    row = pool.row(8)
+    with (broken / row.shard).open("r+b") as shard:
+        shard.seek(row.image_offset)
+        shard.write(bytes(row.image_bytes))
+    (tmp_path / "out" / PARTS).mkdir(parents=True)
+    config = config_io.parse((tmp_path / "trained/config.yaml").read_text())
+    return Job(str(tmp_path / "trained"), 2, config, Pool.open(broken), tmp_path / "out", "plan", 0.2)
+
+
+def test_a_worker_says_what_became_of_a_shard(job: Job) -> None:
+    worker = Worker(pickle.loads(pickle.dumps(job)))
+    assert read_result(worker({"number": 2})["result"]) == (2, ShardDone(4))
+    number, done = read_result(worker({"number": 1})["result"])
+    assert (number, done.samples) == (1, 6)
+    assert len(done.faults) == 1
+    assert job.pool.key(8) in done.faults[0]
+    assert sorted(path.name for path in job.folder.rglob("*") if path.is_file()) == [
+        "predicted-000002.json",
+        "predicted-000002.tar",
+    ]
+    gone = Worker(replace(job, step=7))
+    with pytest.raises(CheckpointError, match="step-000007"):
+        read_result(gone({"number": 0})["result"])
+
+
+def test_a_shard_that_kills_every_worker_ends_the_work(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        """In place of a death: nothing of the worker runs after it."""
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardPredictor, "write", killed)
+        for _ in range(3):
+            with pytest.raises(Killed):
+                Worker(job)({"number": 0})
+    with pytest.raises(RaysemiError, match=r"got 3 that died over predicted-000000\.tar, often for lack of memory"):
+        read_result(Worker(job)({"number": 0})["result"])
+    assert read_result(Worker(job)({"number": 2})["result"])[1].samples == 4
