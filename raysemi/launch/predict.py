@@ -10,6 +10,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -271,9 +272,11 @@ def _on_ray(job: _Job, tally: _Tally, workers: int, paths: Sequence[tuple[str, s
                 num_cpus=cpus,
                 num_gpus=int(gpu),
             )
+            rows: Any = iter(results.iter_rows())
             try:
-                for row in results.iter_rows():
-                    tally.add(*_read_result(row["result"]))
+                with closing(rows):  # its thread must not ask Ray anything once it is shut down
+                    for row in rows:
+                        tally.add(*_read_result(row["result"]))
             except ray.exceptions.RayActorError as error:
                 first = str(error).strip().splitlines()[0]
                 raise RaysemiError(f"workers must stay alive; got {first}") from error
