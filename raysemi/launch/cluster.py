@@ -78,7 +78,7 @@ def connected(config: RayConfig) -> Iterator[Cluster]:
             if own
             else "Check ray.address and token."
         )
-        first = str(error).strip().splitlines()[0]
+        first = str(error).strip().splitlines()[0].rstrip(".")
         raise RaysemiError(f"Ray must {target}; got {type(error).__name__}: {first}. {advice}") from error
     try:
         yield Cluster(own, here=own or _single_node())
