@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from raysemi import config_io
 from raysemi.config import RunConfig
+from raysemi.data.pool import Pool
 from raysemi.engine import distributed
 from raysemi.engine.evaluate import evaluate as measure
 from raysemi.engine.folder import RunFolder
@@ -23,7 +24,8 @@ from raysemi.engine.predict import predict_folder, predict_pool
 from raysemi.engine.trainer import resolve_precision
 from raysemi.errors import CheckpointError, ConfigError, DataError
 from raysemi.launch import detect as detection
-from raysemi.launch.restore import load_network, open_pool
+from raysemi.launch import predict as prediction
+from raysemi.launch.restore import Trained, load_network, open_pool
 from raysemi.launch.train import launch
 from raysemi.models.segmentor import Segmentor
 from raysemi.ops.confusion import iou, mean_iou, pixel_accuracy
@@ -163,14 +165,9 @@ def predict(
     """
     if (images is None) == (pool is None):
         raise ConfigError("predict must get --images or --pool, one of the two; got neither or both. Give one.")
-    opened = open_pool(str(pool), "pool") if pool is not None else None
     trained = load_network(run, which)
     config = _with_eval(trained.config, overrides).eval
-    if opened is not None and opened.classes and opened.classes != trained.classes:
-        raise DataError(
-            f"pool must name no classes or those of {run} ({', '.join(trained.classes)}); got {opened.path} with "
-            f"{', '.join(opened.classes)}. Give another pool, or --images with a folder."
-        )
+    opened = _pool_of(run, trained, pool) if pool is not None else None
     across = distributed.join()
     device = distributed.local_device()
     precision = resolve_precision(trained.config.train, device)
@@ -183,6 +180,46 @@ def predict(
         done = predict_folder(network, images, out, palette, config, **how)
     distributed.leave_at_exit()
     return done
+
+
+def predict_shards(
+    run: str | Path,
+    *,
+    pool: str | Path,
+    out: str | Path,
+    min_confidence: float = 0.0,
+    workers: int | None = None,
+    overrides: Sequence[str] = (),
+    which: Which = "last",
+    progress: Progress | None = None,
+) -> Pool:
+    """Writes the label map and the confidence of every image of a pool as a pool: pseudo-labels to train on.
+
+    Each shard becomes one with the same keys: the images' own bytes, `KEY.mask.png` (class index, 255 = less probable
+    than `min_confidence`) and `KEY.confidence.png` (8 bits, 255 times the probability of the class). What is finished
+    stays after an interruption, and the same call goes on to the same bytes.
+
+    Args:
+        run: run folder, local or URL.
+        pool: a pool, labeled or not; its classes, where it names any, are the run's.
+        out: folder for the new pool; on several machines one that they share.
+        min_confidence: probability from which on a pixel keeps its label.
+        workers: of Ray, each with a GPU where there are enough; None: this process, without Ray.
+        overrides: `eval.*=value` in place of the run's own.
+        which: the `last` checkpoint, or the `best` on validation.
+        progress: told (images done, images in all).
+
+    Returns:
+        The new pool.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, RaysemiError: one line each, then how many shards are finished.
+    """
+    trained = load_network(run, which)
+    config = _with_eval(trained.config, overrides)
+    opened = _pool_of(run, trained, pool)
+    how: dict[str, Any] = {"min_confidence": min_confidence, "workers": workers, "progress": progress}
+    return prediction.predict_shards(run, trained, config, opened, out, **how)
 
 
 def train_detector(
@@ -258,6 +295,17 @@ def check_boxes(
     """
     segmentation = str(run) if run is not None else None
     return detection.check_boxes(str(source), str(pool), segmentation=segmentation, score=score, progress=progress)
+
+
+def _pool_of(run: str | Path, trained: Trained, pool: str | Path) -> Pool:
+    """A pool whose images the run can predict."""
+    opened = open_pool(str(pool), "pool", store=trained.config.data.store)
+    if opened.classes and opened.classes != trained.classes:
+        raise DataError(
+            f"pool must name no classes or those of {run} ({', '.join(trained.classes)}); got {opened.path} with "
+            f"{', '.join(opened.classes)}. Give another pool, or --images with a folder."
+        )
+    return opened
 
 
 def _with_eval(config: RunConfig, overrides: Sequence[str]) -> RunConfig:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from raysemi.cli.options import Best, Json, Overrides, Run, Settings
+from raysemi.errors import ConfigError
 from raysemi.launch.terminal import Bar, is_first_rank, print_results, print_table, train_with_progress
 
 
@@ -64,19 +65,46 @@ def predict(
     run: Run,
     overrides: Settings = None,
     *,
-    out: Annotated[Path, typer.Option(help="Folder for labels/ and overlays/.")],
+    out: Annotated[Path, typer.Option(help="Folder for labels/ and overlays/, or for the pool of --shards.")],
     images: Annotated[Path | None, typer.Option(help="Folder of image files.")] = None,
     pool: Annotated[str | None, typer.Option(help="Pool, in place of --images.")] = None,
     best: Best = False,
+    shards: Annotated[
+        bool, typer.Option("--shards", help="Write a pool: the images with label maps and confidences.")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(help="With --shards: Ray workers; default: this process, without Ray.")
+    ] = None,
+    min_confidence: Annotated[
+        float | None, typer.Option(help="With --shards: pixels that are less probable become 255; default: 0.")
+    ] = None,
 ) -> None:
-    """Write an index mask and a colour overlay for every image, at its own size."""
+    """Write an index mask and a colour overlay for every image, at its own size; or a pool of pseudo-labels.
+
+    raysemi predict runs/a --pool pools/unlabeled --shards --min-confidence 0.9 --out pools/pseudo (the same command
+    goes on with what is finished)
+    """
     from raysemi import api
 
     which: Any = "best" if best else "last"
+    given = [
+        name for name, value in (("--workers", workers), ("--min-confidence", min_confidence)) if value is not None
+    ]
+    if given and not shards:
+        raise ConfigError(f"{given[0]} must come with --shards; got it without. Add --shards or leave it out.")
     with Bar("images") as bar:
-        done = api.predict(run, images=images, pool=pool, out=out, overrides=overrides or [], which=which, progress=bar)
+        how: dict[str, Any] = {"overrides": overrides or [], "which": which, "progress": bar}
+        if shards:
+            if pool is None or images is not None:
+                raise ConfigError("--shards must have a --pool, and no --images; got another source. Pack the images.")
+            how |= {"min_confidence": min_confidence or 0.0, "workers": workers}
+            made = api.predict_shards(run, pool=pool, out=out, **how)
+            where = f"{made.num_samples} images: {len(made.shards)} shards, {made.path}"
+        else:
+            done = api.predict(run, images=images, pool=pool, out=out, **how)
+            where = f"{done} images: {out / 'labels'}, {out / 'overlays'}"
     if is_first_rank():
-        typer.echo(f"{done} images: {out / 'labels'}, {out / 'overlays'}")
+        typer.echo(where)
 
 
 def report(

@@ -24,6 +24,7 @@ from pyarrow import fs
 from raysemi.data.choose import raise_faults
 from raysemi.data.limits import LARGEST_PAYLOAD, LARGEST_PIXELS, LONGEST_KEY
 from raysemi.data.pool import (
+    CONFIDENCE_SUFFIX,
     IMAGE_SUFFIXES,
     MASK_SUFFIX,
     Pool,
@@ -39,7 +40,7 @@ from raysemi.data.sources import default_palette
 from raysemi.data.workers import run_tasks
 from raysemi.errors import DataError
 
-_SIDE_SUFFIXES = ("json", "txt", "cls")
+_SIDE_SUFFIXES = ("json", "txt", "cls", CONFIDENCE_SUFFIX)
 _MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")  # as WebDataset splits a name: at the first dot after the folders
 _MADE = "index"
 
@@ -82,7 +83,7 @@ def index_shards(
     if filesystem.get_file_info(f"{folder}/pool.json").type == fs.FileType.File:
         made = Pool.open(folder, filesystem).made
         if made.get("source") != _MADE:
-            raise DataError(f"{path} must not be a pool yet; got one that `raysemi pack` made. Use it as it is.")
+            raise DataError(f"{path} must not be a pool yet; got one that raysemi wrote. Use it as it is.")
     scans: dict[str, Scan] = {}
     work = partial(scan_shard, filesystem, folder, num_classes=len(classes), mask_suffix=mask_suffix.lstrip("."))
     with closing(run_tasks(work, names, processes, preload=(__name__,))) as results:

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pyarrow import fs
-
 from raysemi.data.choose import POOLS, choose_entries, file_stats, raise_faults, same_images
-from raysemi.data.pool import FORMAT_VERSION, INDEX_FILE, POOL_FILE, Pool, Shard, write_index
-from raysemi.data.shard import PARTS, Entry, ShardPlan, Stat, fingerprint, read_part, write_shard
+from raysemi.data.pool import FORMAT_VERSION, INDEX_FILE, POOL_FILE, Pool
+from raysemi.data.shard import PARTS, Entry, ShardPlan, Stat, fingerprint, finish_pool, write_shard
 from raysemi.data.sources import Source
 from raysemi.data.splits import split_origin
 from raysemi.data.workers import run_tasks
@@ -131,7 +129,7 @@ def pack(
     if recipe := getattr(source, "recipe", None):
         made["recipe"] = recipe
     for plan in open_plans:
-        _finish(plan, source, made)
+        finish_pool(plan.folder, plan.shards, source.classes, source.palette, {**made, "plan": plan.plan})
     return {plan.name: Pool.open(plan.folder) for plan in plans}
 
 
@@ -209,29 +207,3 @@ def _check_space(plans: Sequence[PoolPlan], stats: Mapping[Path, Stat]) -> None:
             f"the disk of {plans[0].folder.parent} must have room for {needed / 1e9:.1f} GB; got {free / 1e9:.1f} GB. "
             f"Free some space or choose another --out."
         )
-
-
-def _finish(plan: PoolPlan, source: Source, made: Mapping[str, Any]) -> None:
-    """Index and `pool.json` from the part files, which then go."""
-    shards: list[Shard] = []
-
-    def rows() -> Iterator[dict[str, Any]]:
-        for shard_plan in plan.shards:
-            part = read_part(shard_plan)
-            if part is None:
-                raise DataError(
-                    f"{shard_plan.path} must stay until pack is done; it has changed. Run the command again."
-                )
-            shards.append(part[0])
-            yield from part[1]
-
-    write_index(
-        fs.LocalFileSystem(),
-        str(plan.folder),
-        rows=rows(),
-        shards=shards,
-        classes=source.classes,
-        palette=source.palette,
-        made={**made, "plan": plan.plan},
-    )
-    shutil.rmtree(plan.folder / PARTS)

@@ -1,6 +1,6 @@
 """A pool: a folder of tar shards with an index of where each image and mask lies, on a disk or in an object store.
 
-labeled-000000.tar ...   KEY.jpg|jpeg|png|webp and, where there is one, KEY.mask.png
+labeled-000000.tar ...   KEY.jpg|jpeg|png|webp and, where there is one, KEY.mask.png (predicted: KEY.confidence.png too)
 index.parquet            one row a sample, in the order of the shards (`rows.py`); offsets point at the payload
 pool.json                format version, class names, palette, counts, a digest per shard
 """
@@ -32,6 +32,8 @@ INDEX_FILE = "index.parquet"
 POOL_FILE = "pool.json"
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 MASK_SUFFIX = "mask.png"
+CONFIDENCE_SUFFIX = "confidence.png"
+"""Beside a predicted mask: 8 bits a pixel, 255 times the probability of its class. The index does not list it."""
 NOT_ANNOTATED = 255
 """Value of a mask where nothing is annotated."""
 

@@ -108,6 +108,11 @@ class Reader:
             raise self._corrupt(row, "image must have 8 bits a channel", picture.mode)
         return picture if picture.mode == "RGB" else picture.convert("RGB")
 
+    def encoded(self, row_index: int) -> bytes:
+        """Image of a sample as it is stored. Raises as `image` where bytes are missing; they are not decoded."""
+        row = self._row(row_index)
+        return self._payload(row, row.image_offset, row.image_bytes, "image")
+
     def mask(self, row_index: int) -> NDArray[np.uint8]:
         """Mask of a sample, uint8 class index [H, W], 255 = not annotated.
 

@@ -11,9 +11,10 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -21,11 +22,12 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from pyarrow import fs
 
 from raysemi.data.encoded import FORMATS, ends_early
 from raysemi.data.limits import LARGEST_PIXELS
-from raysemi.data.pool import IMAGE_SUFFIXES, MASK_SUFFIX, NOT_ANNOTATED, Shard, file_sha256
-from raysemi.data.sources import Item, Source
+from raysemi.data.pool import IMAGE_SUFFIXES, MASK_SUFFIX, NOT_ANNOTATED, Shard, file_sha256, write_index
+from raysemi.data.sources import Item, Palette, Samples
 from raysemi.errors import DataError, DataFailure
 
 PARTS = ".parts"
@@ -66,18 +68,21 @@ class ShardDone:
     faults: tuple[str, ...] = field(default=())
 
 
-def write_shard(source: Source, plan: ShardPlan) -> ShardDone:
+def write_shard(
+    source: Samples, plan: ShardPlan, sides: Callable[[Item], Mapping[str, bytes]] | None = None
+) -> ShardDone:
     """Write a shard and its part file, unless both are there already.
 
     Args:
-        source: reads images and masks.
+        source: reads images and masks: of each entry in order the image, then, where it is sound, the mask.
         plan: what to write and where.
+        sides: further files of a sample, by suffix; asked for after its mask.
 
     Returns:
         The shard's samples; with faults, each naming its key, nothing is written.
 
     Raises:
-        DataError: the shard cannot be stored; a DataFailure because the disk is full.
+        DataError: the shard cannot be stored; a DataFailure because the disk is full, or as the source raises it.
     """
     if _finished(plan):
         return ShardDone(len(plan.entries))
@@ -93,11 +98,13 @@ def write_shard(source: Source, plan: ShardPlan) -> ShardDone:
                 for entry in plan.entries:
                     try:
                         sample, row = _sample(source, entry)
+                    except DataFailure:
+                        raise  # no fault of the sample
                     except DataError as error:
                         faults.append(str(error))
                         continue
                     if not faults:
-                        tar.write(sample)
+                        tar.write({**sample, **sides(entry.item)} if sides is not None else sample)
                         rows.append(row)
             file.flush()
             os.fsync(file.fileno())
@@ -135,6 +142,37 @@ def read_part(plan: ShardPlan) -> tuple[Shard, list[dict[str, Any]]] | None:
         return None
 
 
+def finish_pool(
+    folder: Path, plans: Sequence[ShardPlan], classes: Sequence[str], palette: Palette, made: Mapping[str, Any]
+) -> None:
+    """Index and `pool.json` from the part files, which then go.
+
+    Args:
+        folder: where the shards lie.
+        plans: all shards, in order.
+        classes: class names, position = value in the masks.
+        palette: RGB of each class.
+        made: how the pool was made.
+
+    Raises:
+        DataError: a shard is not finished, or the folder cannot be written.
+    """
+    shards: list[Shard] = []
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for plan in plans:
+            part = read_part(plan)
+            if part is None:
+                raise DataError(f"{plan.path} must stay until its pool is done; it has changed. Run the command again.")
+            shards.append(part[0])
+            yield from part[1]
+
+    write_index(
+        fs.LocalFileSystem(), str(folder), rows=rows(), shards=shards, classes=classes, palette=palette, made=made
+    )
+    shutil.rmtree(folder / PARTS)
+
+
 def _finished(plan: ShardPlan) -> bool:
     part = read_part(plan)
     if part is None:
@@ -153,7 +191,7 @@ def fingerprint(settings: str, entries: Sequence[Entry], stats: Mapping[Path, St
     return digest.hexdigest()
 
 
-def _sample(source: Source, entry: Entry) -> tuple[dict[str, Any], dict[str, Any]]:
+def _sample(source: Samples, entry: Entry) -> tuple[dict[str, Any], dict[str, Any]]:
     """A WebDataset sample and its row; faults name the key and, where there is one, the file."""
     name = f"{entry.key} ({entry.item.image})" if entry.item.image is not None else entry.key
     try:
@@ -174,7 +212,7 @@ def _sample(source: Source, entry: Entry) -> tuple[dict[str, Any], dict[str, Any
         if mask is None:
             raise DataError(f"labeled image {name} must have a mask; got none. Add it or take it from the split.")
         row["class_pixels"] = check_mask(mask, (height, width), len(source.classes), name)
-        sample[MASK_SUFFIX] = _png(mask)
+        sample[MASK_SUFFIX] = png(mask)
         row["mask_crc32"] = zlib.crc32(sample[MASK_SUFFIX])
     return sample, row
 
@@ -229,9 +267,10 @@ def check_mask(mask: NDArray[np.uint8], size: tuple[int, int], num_classes: int,
     return [int(count) for count in pixels[:num_classes]]
 
 
-def _png(mask: NDArray[np.uint8]) -> bytes:
+def png(values: NDArray[np.uint8], effort: int = 6) -> bytes:
+    """An 8-bit map as PNG; `effort` from 0 (large, fast) to 9."""
     stream = io.BytesIO()
-    Image.fromarray(mask).save(stream, "PNG", compress_level=6)
+    Image.fromarray(values).save(stream, "PNG", compress_level=effort)
     return stream.getvalue()
 
 

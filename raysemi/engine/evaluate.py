@@ -156,6 +156,26 @@ def predict_labels(network: Segmentor, images_B3HW: Tensor, config: EvalConfig) 
     return probabilities_BKHW.argmax(dim=1).masked_fill_(~seen_BHW, IGNORE).to(torch.uint8)
 
 
+def predict_confident(network: Segmentor, images_B3HW: Tensor, config: EvalConfig) -> tuple[Tensor, Tensor]:
+    """Most probable class per pixel, and how probable it is; call it inside `inference`.
+
+    Args:
+        network: in eval mode.
+        images_B3HW: RGB in [0, 1], float, on the network's device.
+        config: `eval.*`, mode `original` or `sliding_window`.
+
+    Returns:
+        uint8 [B, H, W], the very labels of `predict_labels`; float32 [B, H, W] in [0, 1].
+    """
+    if config.mode == "original":
+        scores_BKHW = network(images_B3HW).logits_BKHW
+        confidence_BHW = scores_BKHW.float().softmax(dim=1).amax(dim=1)
+    else:
+        scores_BKHW, count_HW = _sliding(network, images_B3HW, config)
+        confidence_BHW = scores_BKHW.amax(dim=1) / count_HW
+    return scores_BKHW.argmax(dim=1).to(torch.uint8), confidence_BHW
+
+
 def _sliding(network: Segmentor, images_B3HW: Tensor, config: EvalConfig) -> tuple[Tensor, Tensor]:
     """Sum of the windows' probabilities, and how many windows saw each pixel."""
     assert config.window is not None  # the config's validator has seen to it

@@ -14,7 +14,7 @@ import secrets
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from raysemi.config import RayConfig
-from raysemi.errors import RaysemiError
+from raysemi.errors import ConfigError, RaysemiError
 
 _log = logging.getLogger(__name__)
 
@@ -71,12 +71,14 @@ def connected(config: RayConfig) -> Iterator[Cluster]:
             )
         else:
             ray.init(address=address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
+    except Exception as error:  # a bare one, where its processes take longer than 30 s to start
         target = "start on this machine" if own else f"answer at {address}"
         advice = (
-            "Run `raysemi doctor`, or add ray=none to train without Ray." if own else "Check ray.address and token."
+            "Run `raysemi doctor`, or go without Ray: train with ray=none, predict without --workers."
+            if own
+            else "Check ray.address and token."
         )
-        first = str(error).strip().splitlines()[0]
+        first = str(error).strip().splitlines()[0].rstrip(".")
         raise RaysemiError(f"Ray must {target}; got {type(error).__name__}: {first}. {advice}") from error
     try:
         yield Cluster(own, here=own or _single_node())
@@ -101,9 +103,28 @@ def worker_resources(config: RayConfig, cluster: Cluster) -> tuple[int, bool]:
         )
     if config.use_gpu == "auto" and 0 < gpus < config.num_workers:
         _log.warning(
-            "%d workers share no %d GPUs: training on the CPU. Lower ray.num_workers.", config.num_workers, gpus
+            "%d workers share no %d GPUs: they compute on the CPU. Ask for fewer workers.", config.num_workers, gpus
         )
     return _cpus_per_worker(config, cluster.own), enough if config.use_gpu == "auto" else config.use_gpu
+
+
+def refuse_relative_paths(paths: Iterable[tuple[str, str | None]]) -> None:
+    """Refuses what several machines would look up each in a folder of its own.
+
+    Args:
+        paths: (setting, path or URL) each; None is passed over.
+
+    Raises:
+        ConfigError: names every path that is relative.
+    """
+    faults = [
+        f"{name} must be an absolute path or a URL that every node reaches; got {path}. Change it, or start a cluster "
+        "on this machine: RAY_ADDRESS=local, and no ray.address."
+        for name, path in paths
+        if path and "://" not in path and not Path(path).expanduser().is_absolute()
+    ]
+    if faults:
+        raise ConfigError(faults)
 
 
 def _single_node() -> bool:

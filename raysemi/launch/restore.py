@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -207,14 +208,16 @@ class Trained:
     palette: tuple[tuple[int, int, int], ...]
     step: int
     """Steps done."""
+    digest: str
+    """SHA-256 of its checkpoint's manifest, which holds those of the files."""
 
 
-def load_network(run: str | Path, which: Literal["last", "best"] = "last") -> Trained:
+def load_network(run: str | Path, which: Literal["last", "best"] | int = "last") -> Trained:
     """Reads a run folder.
 
     Args:
         run: run folder, local or URL.
-        which: `last` checkpoint, or `best` on validation.
+        which: `last` checkpoint, `best` on validation, or that of a step.
 
     Raises:
         CheckpointError: no run, or no whole checkpoint in it.
@@ -223,8 +226,8 @@ def load_network(run: str | Path, which: Literal["last", "best"] = "last") -> Tr
     if not folder.exists("config.yaml"):
         raise CheckpointError(f"{run} must be a run folder; got one without config.yaml. Give the `run` of a training.")
     config = config_io.parse(folder.read_bytes("config.yaml").decode())
-    if which == "best":
-        step = checkpoint.best_step(folder)
+    if which != "last":
+        step = checkpoint.best_step(folder) if which == "best" else which
         snapshot = checkpoint.load(folder, step, ("student", "teacher")) if step is not None else None
     else:
         snapshot = checkpoint.load_newest(folder)
@@ -248,4 +251,6 @@ def load_network(run: str | Path, which: Literal["last", "best"] = "last") -> Tr
     except RuntimeError as error:  # torch's text has a line a tensor
         raise CheckpointError(f"{checkpoint_path} must hold weights of its own config; got others. {advice}") from error
     palette = tuple((red, green, blue) for red, green, blue in snapshot.state["palette"])
-    return Trained(network.eval(), config, classes, palette, snapshot.step)
+    manifest = folder.read_bytes(f"{checkpoint.checkpoint_name(snapshot.step)}/{checkpoint.MANIFEST}")
+    digest = hashlib.sha256(manifest).hexdigest()
+    return Trained(network.eval(), config, classes, palette, snapshot.step, digest)

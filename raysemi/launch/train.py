@@ -18,9 +18,9 @@ from typing import Any
 
 from raysemi import config_io
 from raysemi.config import RayConfig, RunConfig, check_world
-from raysemi.errors import ConfigError, DataError, DataFailure, RaysemiError
+from raysemi.errors import DataError, DataFailure, RaysemiError
 from raysemi.launch.board import Board, OnLog, ToBoard, post_fault, relay
-from raysemi.launch.cluster import Cluster, connected, worker_resources
+from raysemi.launch.cluster import Cluster, connected, refuse_relative_paths, worker_resources
 from raysemi.launch.restore import open_pools, refuse_another_run
 
 _log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def launch(config: RunConfig, on_log: OnLog | None = None) -> dict[str, Any]:
             # Workers look too; but they take a while to start, and a mistake should be told at once.
             open_pools(config)
             refuse_another_run(config)
-        with _ctrl_c_wins() as pressed:
+        with ctrl_c_wins() as pressed:
             return _on_ray(config, config.ray, on_log, pressed)
     from raysemi.launch.worker import run
 
@@ -59,7 +59,7 @@ def launch(config: RunConfig, on_log: OnLog | None = None) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _ctrl_c_wins() -> Iterator[threading.Event]:
+def ctrl_c_wins() -> Iterator[threading.Event]:
     """Gives an event that Ctrl-C sets; afterwards any error is KeyboardInterrupt.
 
     A terminal sends the signal to all of its processes, so what the driver meets first may be a dead worker; and an
@@ -206,16 +206,13 @@ def _one_line(error: Exception) -> RaysemiError:
 
 
 def _refuse_relative_paths(config: RunConfig) -> None:
-    paths = [("run", config.run), ("data.labeled", config.data.labeled), ("data.val", config.data.val)]
-    paths += [("data.unlabeled", path) for path in config.data.unlabeled_pools]
-    faults = [
-        f"{name} must be an absolute path or a URL that every node reaches; got {path}. Change it, or start a cluster "
-        "on this machine with ray.address=local."
-        for name, path in paths
-        if path and "://" not in path and not Path(path).expanduser().is_absolute()
+    paths: list[tuple[str, str | None]] = [
+        ("run", config.run),
+        ("data.labeled", config.data.labeled),
+        ("data.val", config.data.val),
     ]
-    if faults:
-        raise ConfigError(faults)
+    paths += [("data.unlabeled", path) for path in config.data.unlabeled_pools]
+    refuse_relative_paths(paths)
 
 
 def _worker(work: dict[str, Any]) -> dict[str, Any]:

@@ -51,22 +51,11 @@ class Item:
     note: Any = None
 
 
-class Source(Protocol):
-    """A data set that `pack` can read."""
-
-    @property
-    def root(self) -> Path | None:
-        """Folder of the data set, where `splits/` is looked for; None for a source that makes its images."""
+class Samples(Protocol):
+    """What a shard is written from."""
 
     classes: tuple[str, ...]
     """Class names; a mask holds positions in this tuple."""
-    palette: Palette
-    """RGB 0..255 of each class."""
-    standard: str | None
-    """Data set whose lists of labeled images come with raysemi (`data/standard.py`); None: there are none."""
-
-    def items(self, part: Part) -> list[Item]:
-        """All images of the train or the val part, in any order; raises DataError when the part is not there."""
 
     def image_bytes(self, item: Item) -> tuple[str, bytes]:
         """Suffix without dot (jpg, jpeg, png, webp) and the encoded image, unchanged."""
@@ -77,6 +66,22 @@ class Source(Protocol):
         Raises:
             DataError: the mask is unreadable or holds an id or a colour that the source does not know.
         """
+
+
+class Source(Samples, Protocol):
+    """A data set that `pack` can read."""
+
+    @property
+    def root(self) -> Path | None:
+        """Folder of the data set, where `splits/` is looked for; None for a source that makes its images."""
+
+    palette: Palette
+    """RGB 0..255 of each class."""
+    standard: str | None
+    """Data set whose lists of labeled images come with raysemi (`data/standard.py`); None: there are none."""
+
+    def items(self, part: Part) -> list[Item]:
+        """All images of the train or the val part, in any order; raises DataError when the part is not there."""
 
 
 class FileSource:

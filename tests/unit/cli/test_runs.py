@@ -86,6 +86,38 @@ def test_predict_takes_a_pool_too(trained: Path, scenes: Path, tmp_path: Path) -
     assert len(list((tmp_path / "labels").rglob("*.png"))) == 5
 
 
+def test_predict_writes_a_pool_of_pseudo_labels(trained: Path, scenes: Path, tmp_path: Path) -> None:
+    command = ("predict", trained, "--pool", scenes / "val", "--out", tmp_path / "out", "--shards")
+    result = call(*command, "--min-confidence", 0.1)
+    assert result.exit_code == 0, result.output
+    assert f"5 images: 1 shards, {tmp_path / 'out'}" in result.output
+    assert call("verify", tmp_path / "out").exit_code == 0
+    assert call(*command, "--min-confidence", 0.1).exit_code == 0
+    other = call(*command)
+    assert other.exit_code == MISTAKE
+    assert "got one that differs in min_confidence" in other.output
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (("--images", "."), "--shards must have a --pool, and no --images"),
+        (("--pool", "p", "--images", "."), "--shards must have a --pool, and no --images"),
+    ],
+)
+def test_a_pool_is_made_of_a_pool(trained: Path, options: tuple[str, ...], text: str) -> None:
+    result = call("predict", trained, "--out", "out", "--shards", *options)
+    assert result.exit_code == MISTAKE
+    assert text in result.output
+
+
+@pytest.mark.parametrize("option", ["--workers", "--min-confidence"])
+def test_options_of_shards_come_with_shards(trained: Path, option: str) -> None:
+    result = call("predict", trained, "--out", "out", "--images", ".", option, 1)
+    assert result.exit_code == MISTAKE
+    assert f"{option} must come with --shards" in result.output
+
+
 def test_predict_needs_one_source(trained: Path, tmp_path: Path) -> None:
     result = call("predict", trained, "--out", tmp_path)
     assert result.exit_code == MISTAKE
