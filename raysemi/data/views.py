@@ -24,6 +24,7 @@ from torch import Tensor
 
 from raysemi.base import Config, choices, search
 from raysemi.data.pool import NOT_ANNOTATED
+from raysemi.data.resize import resized_part
 from raysemi.data.types import HostBatch, SemiBatch, StrongViews
 from raysemi.ops import intensity, photometric
 
@@ -152,19 +153,21 @@ def draw_any_size(rng: np.random.Generator, config: ViewsConfig, height: int, wi
 
 
 def weak_view(image: Image.Image, geometry: Geometry) -> NDArray[np.uint8]:
-    """The image under a geometry, bilinear, antialiased when it shrinks: uint8 [3, S, S], padding 0."""
+    """The image under a geometry, bilinear, antialiased when it shrinks: uint8 [3, S, S], padding 0.
+
+    In memory it is [S, S, 3], as the image was.
+    """
     height, width = geometry.shown
-    down, across = geometry.height / geometry.resized_height, geometry.width / geometry.resized_width
-    box = (
-        geometry.left * across,
-        geometry.top * down,
-        min((geometry.left + width) * across, geometry.width),
-        min((geometry.top + height) * down, geometry.height),
+    view_HW3 = np.zeros((geometry.crop, geometry.crop, 3), dtype=np.uint8)
+    left = geometry.crop - width if geometry.flip else 0
+    view_HW3[:height, left : left + width] = resized_part(
+        image,
+        (geometry.resized_height, geometry.resized_width),
+        (geometry.top, geometry.left),
+        (height, width),
+        geometry.flip,
     )
-    shown = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box=box))
-    view = np.zeros((3, geometry.crop, geometry.crop), dtype=np.uint8)
-    view[:, :height, :width] = shown.transpose(2, 0, 1)
-    return _flipped(view, geometry)
+    return view_HW3.transpose(2, 0, 1)
 
 
 def label_view(mask: NDArray[np.uint8], geometry: Geometry) -> NDArray[np.uint8]:
