@@ -140,7 +140,7 @@ def generator(seed: int, pass_number: int, key: str, name: str) -> np.random.Gen
         name: what is drawn; two names give independent numbers.
     """
     digest = hashlib.blake2b(f"{seed}/{pass_number}/{name}/{key}".encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(_Words(digest)))
+    return np.random.Generator(np.random.Philox(_Words(digest)))  # type: ignore[arg-type]  # not in numpy's stubs
 
 
 def draw_geometry(rng: np.random.Generator, config: ViewsConfig, height: int, width: int, crop: int) -> Geometry:
