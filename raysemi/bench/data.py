@@ -15,9 +15,8 @@ import os
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from io import BytesIO
@@ -26,24 +25,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from raysemi.bench.rivals import PREPARED, Source, decoded, lengths
 from raysemi.data.joined import AnyPool
 from raysemi.data.loader import DataConfig, Stream
 from raysemi.data.mixture import order_of
-from raysemi.data.pool import IMAGE_SUFFIXES, MASK_SUFFIX, Pool
-from raysemi.data.views import Geometry, draw_geometry, generator, label_view, valid_view, weak_view
+from raysemi.data.pool import Pool
+from raysemi.data.views import Geometry, draw_geometry, generator
 from raysemi.errors import ConfigError
 
-RIVALS = ("webdataset", "folder", "litdata")
 _SEED = 0
-_SHUFFLED = 1000
-"""Samples of webdataset's shuffle buffer, as its documentation has it."""
-Sample = tuple[bytes, bytes | None]
-"""Bytes of an image, and of its mask."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +53,7 @@ class DataSettings:
     turns: int = 5
     """Times that they take turns."""
     rivals: tuple[str, ...] = ()
-    """Of `RIVALS`."""
+    """Of `rivals.PREPARED`."""
 
     @property
     def steps(self) -> int:
@@ -118,9 +112,9 @@ def measure_data(
             f"--beside must be left out for a pool smaller than a turn of {most} images, since others pause between "
             f"passes; got {path} with {pool.num_samples}. Lower --images, or take a larger pool."
         )
-    unknown = [name for name in settings.rivals if name not in RIVALS]
+    unknown = [name for name in settings.rivals if name not in PREPARED]
     if unknown:
-        raise ConfigError(f"--beside must name some of {', '.join(RIVALS)}; got {unknown[0]}. Change it.")
+        raise ConfigError(f"--beside must name some of {', '.join(PREPARED)}; got {unknown[0]}. Change it.")
     if not pool.local:
         raise ConfigError(f"the pool must lie in a folder, whose files the floor reads itself; got {path}. Copy it.")
     missing = [name for name in settings.rivals if find_spec(name) is None and name != "folder"]
@@ -128,7 +122,7 @@ def measure_data(
         raise ConfigError(f"--beside must name what is installed; got {missing[0]}. Run: pip install {missing[0]}")
     results = []
     with tempfile.TemporaryDirectory(prefix="raysemi-bench-") as folder:
-        made = {name: _PREPARED[name](pool, Path(folder), settings) for name in settings.rivals}
+        made = {name: PREPARED[name](pool, Path(folder), settings.crop, settings.batch) for name in settings.rivals}
         for number, count in enumerate(processes):
             told = None if progress is None else functools.partial(_shifted, progress, number, len(processes))
             results.append(_measured(pool, settings, count, made, told))
@@ -151,10 +145,6 @@ def as_table(results: Sequence[DataResult]) -> tuple[list[str], list[list[str]]]
         cells = [text for rate, ratio in pairs for text in (f"{rate:.0f}", f"{ratio:.2f}")]
         rows.append([str(one.processes), f"{one.images_per_s:.0f}", *cells])
     return heading, rows
-
-
-Source = Callable[[int, int], AbstractContextManager[Iterator[int]]]
-"""(processes, turn) -> images of each batch as it comes, workers already at work."""
 
 
 def _measured(
@@ -235,7 +225,7 @@ def _floor(pool: Pool, settings: DataSettings, view: bool, processes: int, turn:
         plans.append(
             [_Planned.of(pool, int(row), int(number), settings.crop) for row, number in zip(rows, passes, strict=True)]
         )
-    yield _lengths(_Floor(pool, plans, view), processes)
+    yield lengths(_Floor(pool, plans, view), processes)
 
 
 @dataclass(frozen=True)
@@ -280,7 +270,7 @@ class _Floor(Dataset[int]):
 
     def __getitem__(self, step: int) -> int:
         for planned in self.plans[step]:
-            image = np.asarray(_decoded(self._bytes(planned.shard, *planned.image)))
+            image = np.asarray(decoded(self._bytes(planned.shard, *planned.image)))
             mask = (
                 None
                 if planned.mask is None
@@ -300,146 +290,3 @@ class _Floor(Dataset[int]):
         if place not in self.files:
             self.files[place] = os.open(f"{self.folder}/{shard}", os.O_RDONLY)
         return os.pread(self.files[place], length, offset)
-
-
-def _decoded(content: bytes) -> Image.Image:
-    picture = Image.open(BytesIO(content))
-    return picture.convert("RGB") if picture.mode != "RGB" else picture
-
-
-def _lengths(dataset: Any, processes: int, **settings: Any) -> Iterator[int]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        loader = DataLoader(
-            dataset,
-            num_workers=processes,
-            worker_init_fn=_one_thread,
-            **({"batch_size": None, "collate_fn": _unchanged} | settings),
-        )
-        yield from map(_length, loader)
-
-
-def _length(batch: Any) -> int:
-    return batch if isinstance(batch, int) else len(batch[0])
-
-
-class _Views:
-    """Bytes -> weak view, its valid pixels and its label, drawn by a generator of this process's own."""
-
-    def __init__(self, crop: int) -> None:
-        self.config = DataConfig(crop=crop)
-        self._process, self._rng = -1, np.random.default_rng()
-
-    def __call__(self, image: bytes, mask: bytes | None) -> tuple[NDArray[Any], ...]:
-        if self._process != os.getpid():
-            self._process, self._rng = os.getpid(), np.random.default_rng()
-        picture = _decoded(image)
-        drawn = draw_geometry(self._rng, self.config.views, picture.height, picture.width, self.config.crop)
-        view = weak_view(picture, drawn), valid_view(drawn)
-        return view if mask is None else (*view, label_view(np.asarray(Image.open(BytesIO(mask))), drawn))
-
-
-def _stacked(samples: Sequence[tuple[NDArray[Any], ...]]) -> tuple[torch.Tensor, ...]:
-    return tuple(torch.from_numpy(np.stack(parts)) for parts in zip(*samples, strict=True))
-
-
-def _samples(pool: Pool) -> Iterator[tuple[str, Sample]]:
-    """Keys, and the bytes of image and mask, in the order of the index."""
-    for i in range(pool.num_samples):
-        row = pool.row(i)
-        with pool.open_shard(row.shard) as shard:
-            image = shard.read_at(row.image_bytes, row.image_offset)
-            mask = shard.read_at(row.mask_bytes, row.mask_offset) if pool.labeled else None
-        yield row.key, (image, mask)
-
-
-def _webdataset(pool: Pool, folder: Path, settings: DataSettings) -> Source:
-    import webdataset
-
-    urls = [f"{pool.folder}/{shard.name}" for shard in pool.shard_files]
-    views = _Views(settings.crop)
-
-    def view(sample: Mapping[str, bytes]) -> tuple[NDArray[Any], ...]:
-        image = next(sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample)
-        return views(image, sample[MASK_SUFFIX] if pool.labeled else None)
-
-    def batches(processes: int, turn: int) -> AbstractContextManager[Iterator[int]]:
-        dataset = webdataset.WebDataset(urls, shardshuffle=len(urls), seed=turn, empty_check=False)
-        dataset = dataset.shuffle(_SHUFFLED).map(view).batched(settings.batch, collation_fn=_stacked)
-        return nullcontext(_lengths(dataset, processes))
-
-    return batches
-
-
-class _Files(Dataset[Any]):
-    """Image files of a folder, and their masks."""
-
-    def __init__(self, folder: Path, views: _Views) -> None:
-        self.images = sorted(folder.glob("*.image"))
-        self.views = views
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, i: int) -> tuple[NDArray[Any], ...]:
-        mask = self.images[i].with_suffix(".mask")
-        return self.views(self.images[i].read_bytes(), mask.read_bytes() if mask.exists() else None)
-
-
-def _folder(pool: Pool, folder: Path, settings: DataSettings) -> Source:
-    files = folder / "files"
-    files.mkdir()
-    for number, (_, (image, mask)) in enumerate(_samples(pool)):
-        (files / f"{number:09d}.image").write_bytes(image)
-        if mask is not None:
-            (files / f"{number:09d}.mask").write_bytes(mask)
-    dataset = _Files(files, _Views(settings.crop))
-
-    def batches(processes: int, turn: int) -> AbstractContextManager[Iterator[int]]:
-        rng = torch.Generator().manual_seed(turn)
-        return nullcontext(
-            _lengths(dataset, processes, batch_size=settings.batch, shuffle=True, generator=rng, collate_fn=_stacked)
-        )
-
-    return batches
-
-
-def _litdata(pool: Pool, folder: Path, settings: DataSettings) -> Source:
-    import litdata
-
-    chunks, views = folder / "chunks", _Views(settings.crop)
-    writer = litdata.streaming.cache.Cache(str(chunks), chunk_bytes="64MB")
-    for number, (_, (image, mask)) in enumerate(_samples(pool)):
-        writer[number] = {"image": image, "mask": mask or b""}
-    writer.done()
-    writer.merge()
-
-    class Chunks(litdata.StreamingDataset):
-        def __getitem__(self, index: Any) -> tuple[NDArray[Any], ...]:
-            sample = super().__getitem__(index)
-            return views(sample["image"], sample["mask"] or None)
-
-    @contextmanager
-    def batches(processes: int, turn: int) -> Iterator[Iterator[int]]:
-        dataset = Chunks(str(chunks), shuffle=True, seed=turn)
-        loader = litdata.StreamingDataLoader(
-            dataset, batch_size=settings.batch, num_workers=processes, collate_fn=_stacked
-        )
-        yield map(_length, loader)
-
-    return batches
-
-
-_PREPARED: dict[str, Callable[[Pool, Path, DataSettings], Source]] = {
-    "webdataset": _webdataset,
-    "folder": _folder,
-    "litdata": _litdata,
-}
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch
-
-
-def _one_thread(_: int) -> None:
-    torch.set_num_threads(1)

@@ -16,7 +16,10 @@ StrongViews = Literal["jitter", "intensity"]
 
 @dataclass(frozen=True)
 class HostBatch:
-    """One rank's share of one step as a loader process makes it: bytes and drawn parameters, on the CPU."""
+    """One rank's share of one step as a loader process makes it: bytes and drawn parameters, on the CPU.
+
+    Images lie in memory pixel by pixel (`torch.channels_last`).
+    """
 
     step: int
     image_L3HW: Tensor

@@ -4,36 +4,17 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
-import torch
 from makers import call
 
 from raysemi.bench import data
 from raysemi.bench.data import DataSettings, measure_data
 from raysemi.data.loader import DataConfig, Stream
-from raysemi.data.pack import pack
 from raysemi.data.pool import Pool
-from raysemi.data.sources.scenes import Scenes
 from raysemi.data.views import draw_geometry, generator
 from raysemi.errors import ConfigError
 
 SETTINGS = DataSettings(crop=33, batch=4, images=8, turns=2, rivals=("webdataset", "folder"))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """24 scenes in three shards each: `labeled`, and `unlabeled` without masks."""
-    folder = tmp_path_factory.mktemp("pools")
-    pack(
-        Scenes(train=48, val=1, size=40), folder, split=24, pools=("labeled", "unlabeled"), shard_samples=8, processes=1
-    )
-    return folder
-
-
-@pytest.fixture
-def pool(folder):
-    return Pool.open(folder / "labeled")
 
 
 @pytest.mark.parametrize("name", ["labeled", "unlabeled"])
@@ -79,23 +60,6 @@ def test_the_floor_reads_the_samples_of_the_stream(pool):
             assert 0 <= left < right <= sample.width
             assert abs(top - drawn.top * down) < 1
             assert abs((bottom - top) - drawn.shown[0] * down) < 2
-
-
-@pytest.mark.parametrize("rival", ["webdataset", "folder"])
-@pytest.mark.parametrize("processes", [0, 2])
-def test_others_read_every_image_of_the_pool(pool, tmp_path, rival, processes, monkeypatch):
-    settings = DataSettings(crop=9, batch=4, images=8, turns=1, rivals=(rival,))
-    source = data._PREPARED[rival](pool, tmp_path, settings)
-    seen = []
-    monkeypatch.setattr(data, "_length", lambda batch: seen.append(batch) or len(batch[0]))
-    with source(processes, 0) as batches:
-        assert sum(batches) == 24
-    images = torch.cat([batch[0] for batch in seen])
-    assert images.shape == (24, 3, 9, 9)
-    assert images.dtype == torch.uint8
-    labels = torch.cat([batch[2] for batch in seen])
-    assert labels.shape == (24, 9, 9)
-    assert len(np.unique(images.numpy().reshape(24, -1), axis=0)) > 20
 
 
 @pytest.mark.parametrize(

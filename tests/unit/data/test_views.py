@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 
 import numpy as np
 import pytest
@@ -149,6 +150,14 @@ def test_draws_depend_on_seed_pass_key_and_purpose():
     ]
     assert len({first(*args) for args in [base, *others]}) == 5
     assert first(1, 11, "x", "n") != first(11, 1, "x", "n")
+
+
+def test_draws_are_those_of_philox_under_the_digest():
+    for seed in range(20):
+        key = int.from_bytes(hashlib.blake2b(f"{seed}/2/n/a/b".encode(), digest_size=16).digest(), "little")
+        expected, source = rng(key), views.generator(seed, 2, "a/b", "n")
+        assert np.array_equal(source.random(9), expected.random(9))
+        assert np.array_equal(source.integers(0, 99, 7), expected.integers(0, 99, 7))
 
 
 @pytest.mark.parametrize(
