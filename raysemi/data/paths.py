@@ -62,7 +62,7 @@ class StorePath:
     __repr__ = __str__
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, StorePath) and (self._inside, self._store) == (other._inside, other._store)
+        return isinstance(other, StorePath) and (self._inside, *self._store[1:]) == (other._inside, *other._store[1:])
 
     def __hash__(self) -> int:
         return hash(self._inside)
@@ -252,7 +252,7 @@ def below(path: AnyPath, folder: AnyPath) -> PurePosixPath | None:
     """What leads from a folder to a path; None where the path does not lie in it."""
     if isinstance(path, StorePath) and isinstance(folder, StorePath):
         start = f"{folder._inside}/"
-        inside = path._inside.startswith(start) and path._store == folder._store
+        inside = path._inside.startswith(start) and path._store[1:] == folder._store[1:]
         return PurePosixPath(path._inside.removeprefix(start)) if inside else None
     if isinstance(path, Path) and isinstance(folder, Path) and path.is_relative_to(folder):
         return PurePosixPath(path.relative_to(folder).as_posix())

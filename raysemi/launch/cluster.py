@@ -12,14 +12,17 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from raysemi.config import RayConfig
@@ -82,6 +85,33 @@ def connected(config: RayConfig) -> Iterator[Cluster]:
         yield Cluster(own, here=own or _single_node())
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def ctrl_c_wins() -> Iterator[threading.Event]:
+    """Gives an event that Ctrl-C sets; afterwards any error is KeyboardInterrupt.
+
+    A terminal sends the signal to all of its processes, so what the driver meets first may be a dead worker; and an
+    exception that a signal raises inside a destructor is lost.
+    """
+    pressed, previous = threading.Event(), signal.getsignal(signal.SIGINT)
+    if not callable(previous) or threading.current_thread() is not threading.main_thread():
+        yield pressed  # ignored, as in a script's background job, or not ours to handle
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        pressed.set()
+        previous(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    except Exception as error:
+        if pressed.is_set():
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def worker_resources(config: RayConfig, cluster: Cluster) -> tuple[int, bool]:

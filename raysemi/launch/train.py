@@ -6,21 +6,19 @@ import contextlib
 import logging
 import os
 import secrets
-import signal
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from raysemi import config_io
 from raysemi.config import RayConfig, RunConfig, check_world
 from raysemi.errors import ConfigError, DataError, DataFailure, RaysemiError
 from raysemi.launch.board import Board, OnLog, ToBoard, post_fault, relay
-from raysemi.launch.cluster import Cluster, connected, worker_resources
+from raysemi.launch.cluster import Cluster, connected, ctrl_c_wins, worker_resources
 from raysemi.launch.restore import open_pools, refuse_another_run
 
 _log = logging.getLogger(__name__)
@@ -51,38 +49,11 @@ def launch(config: RunConfig, on_log: OnLog | None = None) -> dict[str, Any]:
             # Workers look too; but they take a while to start, and a mistake should be told at once.
             open_pools(config)
             refuse_another_run(config)
-        with _ctrl_c_wins() as pressed:
+        with ctrl_c_wins() as pressed:
             return _on_ray(config, config.ray, on_log, pressed)
     from raysemi.launch.worker import run
 
     return run(config, on_log)
-
-
-@contextlib.contextmanager
-def _ctrl_c_wins() -> Iterator[threading.Event]:
-    """Gives an event that Ctrl-C sets; afterwards any error is KeyboardInterrupt.
-
-    A terminal sends the signal to all of its processes, so what the driver meets first may be a dead worker; and an
-    exception that a signal raises inside a destructor is lost.
-    """
-    pressed, previous = threading.Event(), signal.getsignal(signal.SIGINT)
-    if not callable(previous) or threading.current_thread() is not threading.main_thread():
-        yield pressed  # ignored, as in a script's background job, or not ours to handle
-        return
-
-    def note(number: int, frame: FrameType | None) -> None:
-        pressed.set()
-        previous(number, frame)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield pressed
-    except Exception as error:
-        if pressed.is_set():
-            raise KeyboardInterrupt from error
-        raise
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def _on_ray(config: RunConfig, settings: RayConfig, on_log: OnLog | None, pressed: threading.Event) -> dict[str, Any]:
