@@ -163,7 +163,7 @@ def test_relative_paths_are_refused_where_machines_do_not_share_a_folder(monkeyp
 
 
 def test_ctrl_c_ends_ray_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    arguments = ["pack", "scenes", "train=300", "val=4", "size=64", "--split", "20", "--shard-samples", "4"]
+    arguments = ["pack", "scenes", "train=150", "val=4", "size=64", "--split", "20", "--shard-samples", "2"]
     command = [sys.executable, "-m", "raysemi.cli", *arguments]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     out = tmp_path / "out"
@@ -186,8 +186,8 @@ def test_ctrl_c_ends_ray_and_the_same_command_goes_on(tmp_path: Path) -> None:
     finished = {path: path.stat().st_mtime_ns for path in out.rglob("*.tar")}
     assert 5 <= len(finished) < 77
     assert not list(out.rglob("pool.json"))
-    again = Scenes(train=300, val=4, size=64)
-    pack(again, out, split=20, shard_samples=4, processes=1)
+    again = Scenes(train=150, val=4, size=64)
+    pack(again, out, split=20, shard_samples=2, processes=1)
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
-    pack(again, tmp_path / "fresh", split=20, shard_samples=4, processes=1)
+    pack(again, tmp_path / "fresh", split=20, shard_samples=2, processes=1)
     assert contents(out) == contents(tmp_path / "fresh")
