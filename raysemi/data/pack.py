@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from raysemi.data.choose import POOLS, choose_entries, file_stats, raise_faults, same_images
-from raysemi.data.paths import AnyPath, StorePath, as_path, remove_folder
+from raysemi.data.paths import AnyPath, StorePath, as_path, remove_folder, store_config
 from raysemi.data.pool import FORMAT_VERSION, INDEX_FILE, POOL_FILE, Pool, Shard, locate, write_index
 from raysemi.data.shard import PARTS, Entry, ShardPlan, Stat, fingerprint, read_part, write_shard
 from raysemi.data.sources import Source
@@ -134,7 +134,7 @@ def pack(
         made["recipe"] = recipe
     for plan in open_plans:
         _finish(plan, source, made, patience=_SEEN_WITHIN_S if run else 0.0)
-    return {plan.name: Pool.open(str(plan.folder)) for plan in plans}
+    return {plan.name: Pool.open(str(plan.folder), store=store_config(plan.folder)) for plan in plans}
 
 
 def _check_arguments(pools: Sequence[str], processes: int | None, shard_samples: int) -> None:
@@ -171,7 +171,7 @@ def _complete(plan: PoolPlan) -> bool:
     """Whether this very pool is there already; refuses to touch another one."""
     if not (plan.folder / POOL_FILE).exists():
         return False
-    if Pool.open(str(plan.folder)).made.get("plan") != plan.plan:
+    if Pool.open(str(plan.folder), store=store_config(plan.folder)).made.get("plan") != plan.plan:
         raise DataError(
             f"{plan.folder} must be free for this pool; got another finished pool there. Choose another --out or "
             f"remove the folder."
@@ -238,7 +238,7 @@ def _finish(plan: PoolPlan, source: Source, made: Mapping[str, Any], patience: f
             yield from part[1]
 
     write_index(
-        *locate(str(plan.folder)),
+        *locate(str(plan.folder), store=store_config(plan.folder)),
         rows=rows(),
         shards=shards,
         classes=source.classes,

@@ -156,8 +156,10 @@ class StorePath:
                     stream.write(chunk)
                     stream.flush()  # else all of it would wait in memory for a slow network
                 stream.close()
+            except OSError:
+                raise  # not completed; what is deleted now might be deleted late, after the next try
             except BaseException:
-                with suppress(OSError):  # pyarrow cannot give an upload up: closing it would leave half a file
+                with suppress(OSError):  # pyarrow cannot give an upload up: closing it leaves half a file
                     stream.close()
                     filesystem.delete_file(self._inside)
                 raise
@@ -221,6 +223,11 @@ def as_path(text: str | AnyPath, config: StoreConfig | None = None) -> AnyPath:
     scheme, _, rest = str(text).partition("://")
     query = rest.partition("?")[2]
     return StorePath(_Store(filesystem, scheme, query and f"?{query}"), inside)
+
+
+def store_config(path: AnyPath) -> StoreConfig | None:
+    """How the store of a path is reached; None for a path on a disk."""
+    return path._store.filesystem.handler.config if isinstance(path, StorePath) else None
 
 
 @contextmanager

@@ -139,19 +139,17 @@ def read_part(plan: ShardPlan) -> tuple[Shard, list[dict[str, Any]]] | None:
     """The shard and its rows when it was written before and is still what the plan says; otherwise None.
 
     Raises:
-        DataFailure: the store does not answer.
+        DataError: the disk or the store does not tell.
     """
     try:
         part = json.loads(plan.part.read_bytes())
         if part["fingerprint"] != plan.fingerprint or plan.path.stat().st_size != part["bytes"]:
             return None
         return Shard(plan.path.name, len(part["rows"]), part["bytes"], part["sha256"]), part["rows"]
-    except DataError:
-        raise
-    except TimeoutError as error:
-        raise unreadable(str(plan.part), error) from error
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         return None
+    except OSError as error:
+        raise unreadable(str(plan.part), error) from error
 
 
 def _finished(plan: ShardPlan) -> bool:

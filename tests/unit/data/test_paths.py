@@ -177,8 +177,9 @@ def test_each_image_is_read_once_and_failing_requests_change_no_byte(folder, tmp
     plain, bucket = store
     upload(folder, s3, f"{bucket}/source")
     between = proxy(fails=fails)
-    source = as_path(f"s3://{bucket}/source", StoreConfig(endpoint=between.endpoint, region="us-east-1"))
-    run(source, f"s3://{bucket}/out", allow_same_images=True)
+    config = StoreConfig(endpoint=between.endpoint, region="us-east-1")
+    out = as_path(f"s3://{bucket}/out", config)
+    run(as_path(f"s3://{bucket}/source", config), out, allow_same_images=True)
     run(folder, tmp_path / "out")
     assert remote(plain, f"{bucket}/out") == local(tmp_path / "out")
     reads = [one.path for one in between.requests if one.method == "GET" and "/images/" in one.path]
