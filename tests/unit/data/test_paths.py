@@ -173,11 +173,15 @@ def test_faults_name_the_objects_and_a_store_that_is_gone_is_no_fault_of_theirs(
 
 
 @pytest.mark.parametrize("fails", [0.0, 0.1])
-def test_each_image_is_read_once_and_failing_requests_change_no_byte(folder, tmp_path, s3, store, proxy, fails):
+def test_each_image_is_read_once_and_failing_requests_change_no_byte(
+    folder, tmp_path, s3, store, proxy, monkeypatch, fails
+):
     plain, bucket = store
     upload(folder, s3, f"{bucket}/source")
     between = proxy(fails=fails)
     config = StoreConfig(endpoint=between.endpoint, region="us-east-1")
+    for name in ("AWS_ENDPOINT_URL", "AWS_REGION"):
+        monkeypatch.delenv(name)
     out = as_path(f"s3://{bucket}/out", config)
     run(as_path(f"s3://{bucket}/source", config), out, allow_same_images=True)
     run(folder, tmp_path / "out")
