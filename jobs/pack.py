@@ -1,6 +1,8 @@
-"""`ray job submit -- python jobs/pack.py ...`: the same as `raysemi pack ...`, in the job's own process.
+"""`ray job submit -- python jobs/pack.py ...`: the same as `raysemi pack ...`, over all machines of the job's cluster.
 
-It starts `--processes` more, all on the machine that the job runs on.
+This process plans, writes the index and shows how far the work is; the images go through Ray's workers, one a CPU. All
+machines must reach `--root` and `--out` under the same names: URLs, or a folder that they share. `--ray none` and
+`--processes` keep the work on this machine.
 """
 
 from __future__ import annotations
@@ -10,4 +12,4 @@ import sys
 from raysemi.cli import main
 
 if __name__ == "__main__":
-    main(["pack", *sys.argv[1:]])
+    main(["pack", "--ray", "auto", *sys.argv[1:]])

@@ -180,7 +180,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _handle(self) -> None:
         owner = self.owner
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = self._body()
         first, last = 0, -1
         if wanted := self.headers.get("Range"):
             first, last = (int(end) for end in wanted.removeprefix("bytes=").split("-"))
@@ -199,7 +199,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         onward = http.client.HTTPConnection(owner.upstream, timeout=30)
         try:
-            headers = {name: value for name, value in self.headers.items() if name.lower() != "connection"}
+            hop = ("connection", "transfer-encoding")
+            headers = {name: value for name, value in self.headers.items() if name.lower() not in hop}
             onward.request(self.command, self.path, body=body or None, headers=headers)
             answer = onward.getresponse()
             content = answer.read()
@@ -213,5 +214,16 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
         finally:
             onward.close()
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = b""
+        while size := int(self.rfile.readline().partition(b";")[0], 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        while self.rfile.readline().strip():
+            continue
+        return body
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _handle

@@ -133,6 +133,17 @@ def _shifted(progress: Callable[[int, int], None], number: int, parts: int, done
     progress(number * turns + done, parts * turns)
 
 
+def as_lines(results: Sequence[DataResult]) -> tuple[list[int], dict[str, list[float]]]:
+    """Numbers of loader processes, and the rates of each reader with them: ours, the floor, the others."""
+    results = sorted(results, key=lambda result: result.processes)
+    lines = {
+        "raysemi": [result.images_per_s for result in results],
+        "floor: the same images decoded and resized": [result.floor_images_per_s for result in results],
+    }
+    lines |= {name: [result.rivals[name]["images_per_s"] for result in results] for name in results[0].rivals}
+    return [result.processes for result in results], lines
+
+
 def as_table(results: Sequence[DataResult]) -> tuple[list[str], list[list[str]]]:
     """Heading and rows for people: images a second, and the stream's rate divided by each other one."""
     rivals = list(results[0].rivals) if results else []

@@ -97,17 +97,17 @@ def bench_data(
     """
     import torch
 
-    from raysemi.bench import data_plot
-    from raysemi.bench.data import DataSettings, as_table, measure_data
+    from raysemi.bench.data import DataSettings, as_lines, as_table, measure_data
+    from raysemi.report.rates import check_picture, draw_rates
 
     if plot is not None:
-        data_plot.check_plot(plot)
+        check_picture("--plot", plot)
     torch.set_num_threads(1)  # as in a loader process
     settings = DataSettings(crop, batch, images, turns, tuple(_words(beside)))
     with Bar("turns") as bar:
         results = measure_data(pool, settings, _naturals("--processes", processes), bar)
     if plot is not None:
-        data_plot.plot(results, plot)
+        draw_rates(plot, *as_lines(results), crop)
     if as_json:
         typer.echo(json.dumps([result.as_dict() for result in results]))
     else:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from raysemi.cli.options import Processes
+from raysemi.cli.options import OverRay, Processes
 from raysemi.errors import ConfigError
 from raysemi.launch.terminal import Bar
 
@@ -16,8 +15,8 @@ def pack(
     source: Annotated[str, typer.Argument(help="folder, voc, cityscapes, coco or scenes.")],
     options: Annotated[list[str] | None, typer.Argument(help="Options of the source: name=value.")] = None,
     *,
-    out: Annotated[Path, typer.Option(help="Folder for the pools.")],
-    root: Annotated[Path | None, typer.Option(help="Folder of the data set.")] = None,
+    out: Annotated[str, typer.Option(help="Folder or URL for the pools.")],
+    root: Annotated[str | None, typer.Option(help="Folder or URL of the data set.")] = None,
     split: Annotated[
         str | None,
         typer.Option(help="Labeled images: NAME of a list, FILE, or a number to draw; default: all with a mask."),
@@ -25,6 +24,7 @@ def pack(
     pools: Annotated[str, typer.Option(help="Which pools to write.")] = "labeled,unlabeled,val",
     seed: Annotated[int, typer.Option(help="Of the draw when --split is a number.")] = 0,
     processes: Processes = None,
+    ray: OverRay = "none",
     shard_samples: Annotated[int | None, typer.Option(help="Images a shard; default: 256.")] = None,
     keep_unlabeled_masks: Annotated[
         bool, typer.Option("--keep-unlabeled-masks", help="Store masks of unlabeled images, to measure.")
@@ -43,9 +43,10 @@ def pack(
     """
     from raysemi.data import pack as packing
     from raysemi.data.sources import open_source, read_options
+    from raysemi.launch.spread import runner
 
     opened = open_source(source, root, **read_options(source, options or []))
-    with Bar("images") as bar:
+    with runner(ray, processes, {"--root": root, "--out": out}) as run, Bar("images") as bar:
         made = packing.pack(
             opened,
             out,
@@ -58,6 +59,7 @@ def pack(
             escape_dots=escape_dots,
             allow_same_images=allow_same_images,
             progress=bar,
+            run=run,
         )
     for name, pool in made.items():
         if name == "labeled" and "list" in pool.made:
@@ -69,17 +71,20 @@ def pack(
 
 def index(
     pool: Annotated[str, typer.Argument(help="Folder or URL with tar shards.")],
-    classes: Annotated[Path | None, typer.Option(help="File with a class name a line; needed for masks.")] = None,
+    classes: Annotated[str | None, typer.Option(help="File with a class name a line; needed for masks.")] = None,
     mask_suffix: Annotated[str, typer.Option(help="What follows the key in a mask's name.")] = "mask.png",
     processes: Processes = None,
+    ray: OverRay = "none",
 ) -> None:
     """Write the index of shards that someone else made; afterwards they are a pool."""
     from raysemi.data.index import index_shards
+    from raysemi.data.paths import as_path
     from raysemi.data.sources import read_list
+    from raysemi.launch.spread import runner
 
-    names = read_list(classes) if classes else []
-    with Bar("shards") as bar:
-        made = index_shards(pool, classes=names, mask_suffix=mask_suffix, processes=processes, progress=bar)
+    names = read_list(as_path(classes)) if classes else []
+    with runner(ray, processes, {"POOL": pool}) as run, Bar("shards") as bar:
+        made = index_shards(pool, classes=names, mask_suffix=mask_suffix, processes=processes, progress=bar, run=run)
     typer.echo(f"{made.num_samples} images, {len(made.shards)} shards, {made.path}")
 
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
+from contextlib import closing
 
+from raysemi.data.paths import AnyPath, StorePath
 from raysemi.data.pool import is_plain
 from raysemi.data.shard import Entry, Stat
 from raysemi.data.sources import Item, Part, Source
 from raysemi.data.splits import labeled_keys
+from raysemi.data.workers import Runner, read_ahead
 from raysemi.errors import DataError
 
 POOLS = ("labeled", "unlabeled", "val")
 _FAULTS_SHOWN = 20
+_IMAGES_A_TASK = 512
 
 
 def choose_entries(
@@ -94,18 +97,16 @@ def key_faults(keys: Sequence[str], escape_dots: bool) -> list[str]:
     return faults
 
 
-def file_stats(chosen: Mapping[str, Sequence[Entry]]) -> dict[Path, Stat]:
+def file_stats(chosen: Mapping[str, Sequence[Entry]]) -> dict[AnyPath, Stat]:
     """Size and time of every file of the entries.
 
     Raises:
         DataError: names every file that cannot be looked at.
     """
-    stats: dict[Path, Stat] = {}
+    stats: dict[AnyPath, Stat] = {}
     faults = []
     for entry in (entry for entries in chosen.values() for entry in entries):
-        for path in (entry.item.image, entry.item.mask if entry.with_mask else None):
-            if path is None:
-                continue
+        for path in entry.files:
             try:
                 stat = path.stat()
                 stats[path] = (stat.st_size, stat.st_mtime_ns)
@@ -115,31 +116,46 @@ def file_stats(chosen: Mapping[str, Sequence[Entry]]) -> dict[Path, Stat]:
     return stats
 
 
-def same_images(chosen: Mapping[str, Sequence[Entry]], stats: Mapping[Path, Stat]) -> list[str]:
-    """Images with the same bytes in two pools. Only files of equal length are read."""
-    by_size: dict[int, list[tuple[str, str, Path]]] = defaultdict(list)
+def same_images(chosen: Mapping[str, Sequence[Entry]], stats: Mapping[AnyPath, Stat], run: Runner) -> list[str]:
+    """Images with the same bytes in two pools. Only files whose length occurs in two pools are read, by `run`."""
+    by_size: dict[int, list[tuple[str, str, AnyPath]]] = defaultdict(list)
     for name, entries in chosen.items():
         for entry in entries:
             if entry.item.image is not None:
                 by_size[stats[entry.item.image][0]].append((name, entry.key, entry.item.image))
-    faults = []
-    for alike in by_size.values():
-        if len({name for name, _, _ in alike}) < 2:
-            continue
+    alike = [images for images in by_size.values() if len({name for name, _, _ in images}) > 1]
+    paths = [path for images in alike for _, _, path in images]
+    tasks = [tuple(paths[start : start + _IMAGES_A_TASK]) for start in range(0, len(paths), _IMAGES_A_TASK)]
+    digests: dict[AnyPath, bytes] = {}
+    faults: list[str] = []
+    with closing(run(image_digests, tasks)) as results:
+        for task, found in results:
+            digests.update(
+                (path, digest) for path, digest in zip(task, found, strict=True) if isinstance(digest, bytes)
+            )
+            faults += [digest for digest in found if isinstance(digest, str)]
+    for images in alike:
         first: dict[bytes, tuple[str, str]] = {}
-        for name, key, path in alike:
-            try:
-                digest = hashlib.blake2b(path.read_bytes()).digest()
-            except OSError as error:
-                faults.append(f"image {path} must be readable; got {error}. Replace or remove it.")
-                continue
-            other_name, other_key = first.setdefault(digest, (name, key))
+        for name, key, path in (image for image in images if image[2] in digests):
+            other_name, other_key = first.setdefault(digests[path], (name, key))
             if other_name != name:
                 faults.append(
                     f"an image must be on one side of the split; got the same bytes as {other_key} of {other_name} and "
                     f"{key} of {name}. Remove one, or pass --allow-same-images."
                 )
     return faults
+
+
+def image_digests(paths: Sequence[AnyPath]) -> list[bytes | str]:
+    """A digest of each file, or what is wrong with it."""
+    found: list[bytes | str] = []
+    remote = isinstance(paths[0], StorePath)
+    for path, content in read_ahead(lambda path: path.read_bytes(), paths, remote=remote):
+        try:
+            found.append(hashlib.blake2b(content(), digest_size=16).digest())
+        except OSError as error:
+            found.append(f"image {path} must be readable; got {error}. Replace or remove it.")
+    return found
 
 
 def raise_faults(faults: Sequence[str], more: bool = False) -> None:

@@ -1,13 +1,19 @@
-"""Make a pool of WebDataset shards that someone else wrote: they stay as they are, an index is put beside them."""
+"""Make a pool of WebDataset shards that someone else wrote: they stay as they are, an index is put beside them.
+
+Every shard is one task. Its rows wait in a temporary file until all are known to be good, then go into the index in the
+order of the shards' names: in memory are one row group, and 8 bytes a key to tell a key that is there twice.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 import tarfile
+import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.feather as feather
 from numpy.typing import NDArray
 from PIL import Image
 from pyarrow import fs
@@ -33,11 +40,12 @@ from raysemi.data.pool import (
     file_sha256,
     is_plain,
     locate,
-    write_index,
+    write_index_groups,
 )
+from raysemi.data.rows import INDEX_SCHEMA, ROWS_A_GROUP
 from raysemi.data.shard import check_image, check_mask, members
 from raysemi.data.sources import default_palette
-from raysemi.data.workers import run_tasks
+from raysemi.data.workers import Runner, run_tasks
 from raysemi.errors import DataError
 
 _SIDE_SUFFIXES = ("json", "txt", "cls", CONFIDENCE_SUFFIX)
@@ -50,7 +58,10 @@ class Scan:
     """What was found in one shard."""
 
     shard: Shard
-    rows: list[dict[str, Any]]
+    rows: pa.Table
+    """As `INDEX_SCHEMA` has them."""
+    keys: bytes
+    """A hash of each key, uint64."""
     faults: list[str]
 
 
@@ -63,6 +74,7 @@ def index_shards(
     processes: int | None = None,
     filesystem: fs.FileSystem | None = None,
     progress: Callable[[int, int], None] | None = None,
+    run: Runner | None = None,
 ) -> Pool:
     """Write `index.parquet` and `pool.json` beside existing shards. Every image and mask is decoded once.
 
@@ -74,6 +86,7 @@ def index_shards(
         processes: default: one a CPU core.
         filesystem: where `path` lies, instead of reading it as a local path or URL.
         progress: called with (shards done, shards in all).
+        run: does the work in place of processes of this machine; all of its machines must reach `path` under that name.
 
     Raises:
         DataError: no shards, or faults in them; the text names shard and key, up to 20 of them.
@@ -84,33 +97,66 @@ def index_shards(
         made = Pool.open(folder, filesystem).made
         if made.get("source") != _MADE:
             raise DataError(f"{path} must not be a pool yet; got one that raysemi wrote. Use it as it is.")
-    scans: dict[str, Scan] = {}
+    do = run or partial(run_tasks, processes=processes, preload=(__name__,))
     work = partial(scan_shard, filesystem, folder, num_classes=len(classes), mask_suffix=mask_suffix.lstrip("."))
-    with closing(run_tasks(work, names, processes, preload=(__name__,))) as results:
-        for name, scan in results:
-            scans[name] = scan
-            if progress is not None:
-                progress(len(scans), len(names))
-    faults = [fault for name in names for fault in scans[name].faults]
-    rows = [row for name in names for row in scans[name].rows]
-    first: dict[str, str] = {}
-    for row in rows:
-        other = first.setdefault(row["key"], row["shard"])
-        if other is not row["shard"]:
-            faults.append(f"key must be unique in a pool; got {row['key']} in {other} and {row['shard']}. Rename one.")
-    raise_faults(faults)
-    if not rows:
-        raise DataError(f"pool must hold images; got none in the {len(names)} shards of {path}. Check the path.")
-    write_index(
-        filesystem,
-        folder,
-        rows=rows,
-        shards=[scans[name].shard for name in names],
-        classes=classes,
-        palette=palette or default_palette(classes),
-        made={"source": _MADE, "mask_suffix": mask_suffix},
-    )
+    with tempfile.TemporaryDirectory(prefix="raysemi-index-") as beside:
+        files = {name: Path(beside) / f"{number}.arrow" for number, name in enumerate(names)}
+        shards: dict[str, Shard] = {}
+        keys: dict[str, bytes] = {}
+        faults: dict[str, list[str]] = {}
+        with closing(do(work, names)) as results:
+            for name, scan in results:
+                shards[name], keys[name], faults[name] = scan.shard, scan.keys, scan.faults
+                feather.write_feather(scan.rows, files[name], compression="zstd")
+                if progress is not None:
+                    progress(len(shards), len(names))
+        raise_faults([fault for name in names for fault in faults[name]] + _keys_again(files, keys))
+        if not any(shard.samples for shard in shards.values()):
+            raise DataError(f"pool must hold images; got none in the {len(names)} shards of {path}. Check the path.")
+        write_index_groups(
+            filesystem,
+            folder,
+            groups=_groups(feather.read_table(file, memory_map=False) for file in files.values()),
+            shards=[shards[name] for name in names],
+            classes=classes,
+            palette=palette or default_palette(classes),
+            made={"source": _MADE, "mask_suffix": mask_suffix},
+        )
     return Pool.open(folder, filesystem)
+
+
+def _keys_again(files: Mapping[str, Path], keys: Mapping[str, bytes]) -> list[str]:
+    """What to say of keys that are in two shards."""
+    hashes = np.frombuffer(b"".join(keys[name] for name in files), np.uint64)
+    values, counts = np.unique(hashes, return_counts=True)
+    alike = values[counts > 1]
+    faults = []
+    first: dict[str, str] = {}
+    for name in files if len(alike) else ():
+        found = np.isin(np.frombuffer(keys[name], np.uint64), alike)
+        if not found.any():
+            continue
+        for key in feather.read_table(files[name], columns=["key"]).column("key").filter(found).to_pylist():
+            other = first.setdefault(key, name)
+            if other != name:
+                faults.append(f"key must be unique in a pool; got {key} in {other} and {name}. Rename one.")
+    return faults
+
+
+def _groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Row groups of whole shards as `rows.whole_shards` makes them, from a table a shard."""
+    group: list[pa.Table] = []
+    rows = 0
+    for table in tables:
+        for start in range(0, table.num_rows, ROWS_A_GROUP):
+            part = table.slice(start, ROWS_A_GROUP)
+            if group and rows + part.num_rows > ROWS_A_GROUP:
+                yield pa.concat_tables(group).unify_dictionaries().combine_chunks()
+                group, rows = [], 0
+            group.append(part)
+            rows += part.num_rows
+    if group:
+        yield pa.concat_tables(group).unify_dictionaries().combine_chunks()
 
 
 def _shard_names(filesystem: fs.FileSystem, folder: str, path: str | Path) -> list[str]:
@@ -154,7 +200,8 @@ def scan_shard(filesystem: fs.FileSystem, folder: str, name: str, *, num_classes
         faults.append(str(error))
     except OSError as error:
         faults.append(f"shard {name} must be readable; got {error}. Copy it again.")
-    return Scan(Shard(name, len(rows), size, sha256), rows, faults)
+    keys = b"".join(hashlib.blake2b(row["key"].encode(), digest_size=8).digest() for row in rows)
+    return Scan(Shard(name, len(rows), size, sha256), pa.Table.from_pylist(rows, schema=INDEX_SCHEMA), keys, faults)
 
 
 def _named(

@@ -1,8 +1,8 @@
 """Turn a source into pools: `labeled/`, `unlabeled/` and `val/`.
 
 The shards are planned first (keys in order, a fixed number of samples each), then every shard is one task, so that the
-bytes do not depend on how many processes work. What is wrong is collected and told by name. The index and `pool.json`
-come last: a folder without them is unfinished, and the same command goes on with it.
+bytes do not depend on how many processes work, or on which machines. What is wrong is collected and told by name. The
+index and `pool.json` come last: a folder without them is unfinished, and the same command goes on with it.
 """
 
 from __future__ import annotations
@@ -17,17 +17,20 @@ from pathlib import Path
 from typing import Any
 
 from raysemi.data.choose import POOLS, choose_entries, file_stats, raise_faults, same_images
+from raysemi.data.paths import AnyPath, StorePath, as_path, remove_folder, store_config
 from raysemi.data.pool import FORMAT_VERSION, INDEX_FILE, POOL_FILE, Pool
 from raysemi.data.shard import PARTS, Entry, ShardPlan, Stat, fingerprint, finish_pool, write_shard
 from raysemi.data.sources import Source
 from raysemi.data.splits import split_origin
-from raysemi.data.workers import run_tasks
+from raysemi.data.workers import Runner, run_tasks
 from raysemi.errors import ConfigError, DataError, DataFailure
 
 SHARD_SAMPLES = 256
 """Samples a shard: a pool of 10,000 images then spans more shards than the mixing window of the order needs."""
 
 _FAULTS_WANTED = 20
+_SEEN_WITHIN_S = 90.0
+"""A network disk may show a file that another machine wrote as late as this."""
 
 Progress = Callable[[int, int], None]
 
@@ -37,7 +40,7 @@ class PoolPlan:
     """One pool to write: its shards in order, and a name for what they will hold."""
 
     name: str
-    folder: Path
+    folder: AnyPath
     shards: tuple[ShardPlan, ...]
     plan: str
     samples: int
@@ -45,7 +48,7 @@ class PoolPlan:
 
 def pack(
     source: Source,
-    out: str | Path,
+    out: str | AnyPath,
     *,
     split: str | int | None = None,
     pools: Sequence[str] = POOLS,
@@ -56,12 +59,13 @@ def pack(
     allow_same_images: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
+    run: Runner | None = None,
 ) -> dict[str, Pool]:
     """Write the pools of a source.
 
     Args:
         source: from `sources.open_source`.
-        out: local folder; each pool becomes a folder in it.
+        out: folder, local or URL; each pool becomes a folder in it.
         split: which train images are labeled: name, file or number (`splits.labeled_keys`); None: all with a mask.
         pools: which of labeled, unlabeled, val to write.
         processes: default: one a CPU core. The bytes written do not depend on it.
@@ -71,16 +75,21 @@ def pack(
         allow_same_images: accept images with the same bytes in two pools.
         seed: of the draw when `split` is a number.
         progress: called with (samples done, samples in all).
+        run: does the work in place of processes of this machine, on others too; all of them must reach the source and
+            `out` under the same names.
 
     Returns:
         The pools by name.
 
     Raises:
         ConfigError: an argument is out of range.
-        DataError: the source, the split or the disk; the text holds up to 20 faults. Finished shards stay, and the
-            same call goes on with them.
+        DataError: the source, the split, the disk or the store; the text holds up to 20 faults. Finished shards stay,
+            and the same call goes on with them.
     """
-    _check_arguments(out, pools, processes, shard_samples)
+    _check_arguments(pools, processes, shard_samples)
+    folder = as_path(out)
+    folder = folder.absolute() if isinstance(folder, Path) else folder
+    do = run or partial(run_tasks, processes=processes, preload=("raysemi.data.shard", "webdataset"))
     chosen = choose_entries(
         source,
         split=split,
@@ -91,13 +100,9 @@ def pack(
     )
     stats = file_stats(chosen)
     if not allow_same_images:
-        raise_faults(same_images(chosen, stats))
+        raise_faults(same_images(chosen, stats, do))
     settings = _settings(source, shard_samples)
-    plans = [
-        _plan(name, Path(out).expanduser().absolute(), chosen[name], stats, settings, shard_samples)
-        for name in POOLS
-        if name in pools
-    ]
+    plans = [_plan(name, folder, chosen[name], stats, settings, shard_samples) for name in POOLS if name in pools]
     open_plans = [plan for plan in plans if not _complete(plan)]
     for plan in open_plans:
         _prepare(plan)
@@ -105,18 +110,16 @@ def pack(
 
     total = sum(plan.samples for plan in plans)
     done = total - sum(plan.samples for plan in open_plans)
-    faults: list[tuple[Path, tuple[str, ...]]] = []
+    faults: list[tuple[str, tuple[str, ...]]] = []
     if progress is not None:
         progress(done, total)
     tasks = [shard for plan in open_plans for shard in plan.shards]
     more = False
-    with closing(
-        run_tasks(partial(write_shard, source), tasks, processes, preload=("raysemi.data.shard", "webdataset"))
-    ) as results:
+    with closing(do(partial(write_shard, source), tasks)) as results:
         for count, (shard, result) in enumerate(results, start=1):
             done += result.samples
             if result.faults:
-                faults.append((shard.path, result.faults))
+                faults.append((str(shard), result.faults))
             if progress is not None:
                 progress(done, total)
             if sum(len(texts) for _, texts in faults) >= _FAULTS_WANTED and count < len(tasks):
@@ -129,14 +132,14 @@ def pack(
     if recipe := getattr(source, "recipe", None):
         made["recipe"] = recipe
     for plan in open_plans:
-        finish_pool(plan.folder, plan.shards, source.classes, source.palette, {**made, "plan": plan.plan})
-    return {plan.name: Pool.open(plan.folder) for plan in plans}
+        about = {**made, "plan": plan.plan}
+        patience = _SEEN_WITHIN_S if run else 0.0
+        finish_pool(plan.folder, plan.shards, source.classes, source.palette, about, patience)
+    return {plan.name: Pool.open(str(plan.folder), store=store_config(plan.folder)) for plan in plans}
 
 
-def _check_arguments(out: str | Path, pools: Sequence[str], processes: int | None, shard_samples: int) -> None:
+def _check_arguments(pools: Sequence[str], processes: int | None, shard_samples: int) -> None:
     faults = []
-    if "://" in str(out):
-        faults.append(f"--out must be a local folder; got {out}. Pack locally and copy the pools to the object store.")
     if not pools or set(pools) - set(POOLS):
         faults.append(f"--pools must be of {', '.join(POOLS)}; got {', '.join(pools) or 'none'}. Correct the names.")
     if processes is not None and processes < 1:
@@ -149,12 +152,12 @@ def _check_arguments(out: str | Path, pools: Sequence[str], processes: int | Non
 
 def _settings(source: Source, shard_samples: int) -> str:
     """What besides the files decides the bytes; without paths, so that it is the same on another machine."""
-    own = {name: value for name, value in source.__getstate__().items() if not isinstance(value, Path)}  # type: ignore[attr-defined]
+    own = {name: value for name, value in source.__getstate__().items() if not isinstance(value, AnyPath)}  # type: ignore[attr-defined]
     return repr((FORMAT_VERSION, type(source).__name__, source.classes, source.palette, shard_samples, own))
 
 
 def _plan(
-    name: str, out: Path, entries: Sequence[Entry], stats: Mapping[Path, Stat], settings: str, shard_samples: int
+    name: str, out: AnyPath, entries: Sequence[Entry], stats: Mapping[AnyPath, Stat], settings: str, shard_samples: int
 ) -> PoolPlan:
     shards = []
     for number, start in enumerate(range(0, len(entries), shard_samples)):
@@ -169,12 +172,12 @@ def _complete(plan: PoolPlan) -> bool:
     """Whether this very pool is there already; refuses to touch another one."""
     if not (plan.folder / POOL_FILE).exists():
         return False
-    if Pool.open(plan.folder).made.get("plan") != plan.plan:
+    if Pool.open(str(plan.folder), store=store_config(plan.folder)).made.get("plan") != plan.plan:
         raise DataError(
             f"{plan.folder} must be free for this pool; got another finished pool there. Choose another --out or "
             f"remove the folder."
         )
-    shutil.rmtree(plan.folder / PARTS, ignore_errors=True)
+    remove_folder(plan.folder / PARTS)
     return True
 
 
@@ -183,7 +186,7 @@ def _prepare(plan: PoolPlan) -> None:
     own = re.compile(rf"{plan.name}-\d{{6}}\.tar(\.part)?|{re.escape(INDEX_FILE)}|{re.escape(PARTS)}|.*\.parquet\.part")
     planned = {shard.path.name for shard in plan.shards}
     try:
-        present = list(plan.folder.iterdir()) if plan.folder.exists() else []
+        present: list[AnyPath] = [*plan.folder.iterdir()] if plan.folder.exists() else []
         foreign = [path.name for path in present if not own.fullmatch(path.name)]
         if foreign or (present and not (plan.folder / PARTS).is_dir()):
             raise DataError(
@@ -198,10 +201,12 @@ def _prepare(plan: PoolPlan) -> None:
         raise DataError(f"{plan.folder} must be writable; got {error}. Choose another --out.") from error
 
 
-def _check_space(plans: Sequence[PoolPlan], stats: Mapping[Path, Stat]) -> None:
+def _check_space(plans: Sequence[PoolPlan], stats: Mapping[AnyPath, Stat]) -> None:
+    if not plans or isinstance(plans[0].folder, StorePath):
+        return
     missing = [shard for plan in plans for shard in plan.shards if not shard.part.exists()]
     needed = sum(stats[entry.item.image][0] for shard in missing for entry in shard.entries if entry.item.image)
-    free = shutil.disk_usage(plans[0].folder).free if plans else needed
+    free = shutil.disk_usage(plans[0].folder).free
     if needed > free:
         raise DataFailure(
             f"the disk of {plans[0].folder.parent} must have room for {needed / 1e9:.1f} GB; got {free / 1e9:.1f} GB. "

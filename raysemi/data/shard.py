@@ -11,23 +11,26 @@ import hashlib
 import io
 import json
 import os
-import shutil
 import tarfile
+import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pyarrow import fs
 
 from raysemi.data.encoded import FORMATS, ends_early
 from raysemi.data.limits import LARGEST_PIXELS
-from raysemi.data.pool import IMAGE_SUFFIXES, MASK_SUFFIX, NOT_ANNOTATED, Shard, file_sha256, write_index
+from raysemi.data.paths import AnyPath, StorePath, draft, remove_folder, store_config
+from raysemi.data.pool import IMAGE_SUFFIXES, MASK_SUFFIX, NOT_ANNOTATED, Shard, file_sha256, locate, write_index
 from raysemi.data.sources import Item, Palette, Samples
+from raysemi.data.store import unreadable
+from raysemi.data.workers import read_ahead
 from raysemi.errors import DataError, DataFailure
 
 PARTS = ".parts"
@@ -45,19 +48,28 @@ class Entry:
     item: Item
     with_mask: bool
 
+    @property
+    def files(self) -> list[AnyPath]:
+        """Those of its image and mask that it is made of."""
+        files = (self.item.image, self.item.mask if self.with_mask else None)
+        return [path for path in files if path is not None]
+
 
 @dataclass(frozen=True)
 class ShardPlan:
     """What goes into one shard. `fingerprint` changes when the entries, their files or the source's settings do."""
 
-    path: Path
+    path: AnyPath
     entries: tuple[Entry, ...]
     fingerprint: str
 
     @property
-    def part(self) -> Path:
+    def part(self) -> AnyPath:
         """Where the rows of the finished shard are kept until the pool is complete."""
         return self.path.parent / PARTS / f"{self.path.stem}.json"
+
+    def __str__(self) -> str:
+        return str(self.path)
 
 
 @dataclass(frozen=True)
@@ -82,7 +94,8 @@ def write_shard(
         The shard's samples; with faults, each naming its key, nothing is written.
 
     Raises:
-        DataError: the shard cannot be stored; a DataFailure because the disk is full, or as the source raises it.
+        DataError: the shard cannot be stored; a DataFailure because the disk is full or a store does not answer, or as
+            the source raises it.
     """
     if _finished(plan):
         return ShardDone(len(plan.entries))
@@ -90,14 +103,14 @@ def write_shard(
 
     rows: list[dict[str, Any]] = []
     faults: list[str] = []
-    beside = plan.path.with_name(f"{plan.path.name}.part")
+    remote = any(isinstance(path, StorePath) for entry in plan.entries[:1] for path in entry.files)
     try:
-        with beside.open("wb") as file:
+        with draft(plan.path) as (file, put):
             # fixed owner, mode and time: the same samples give the same bytes
             with wds.TarWriter(file, encoder=False, user="", group="", mtime=0, format="PAX_FORMAT") as tar:
-                for entry in plan.entries:
+                for entry, made in read_ahead(partial(_sample, source), plan.entries, remote=remote):
                     try:
-                        sample, row = _sample(source, entry)
+                        sample, row = made()
                     except DataFailure:
                         raise  # no fault of the sample
                     except DataError as error:
@@ -106,44 +119,55 @@ def write_shard(
                     if not faults:
                         tar.write({**sample, **sides(entry.item)} if sides is not None else sample)
                         rows.append(row)
-            file.flush()
-            os.fsync(file.fileno())
-        if faults:
-            return ShardDone(len(plan.entries), tuple(faults))
-        with beside.open("rb") as file:
+            if faults:
+                return ShardDone(len(plan.entries), tuple(faults))
+            file.seek(0)
             size, sha256 = file_sha256(file)
             file.seek(0)
             _add_offsets(rows, file)
+            put()
         for row in rows:
             row["shard"] = plan.path.name
         part = {"fingerprint": plan.fingerprint, "bytes": size, "sha256": sha256, "rows": rows}
-        beside.replace(plan.path)
-        _replace(plan.part, json.dumps(part).encode())
+        with draft(plan.part) as (file, put):
+            file.write(json.dumps(part).encode())
+            put()
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            disk = tempfile.gettempdir() if isinstance(plan.path, StorePath) else plan.path.parent
             raise DataFailure(  # a kind of its own: the cause stays behind when an error leaves a worker process
-                f"the disk of {plan.path.parent} must have room for {plan.path.name}; got {error.strerror}. Free some "
+                f"the disk of {disk} must have room for {plan.path.name}; got {error.strerror}. Free some "
                 f"space and run the same command again: finished shards stay."
             ) from error
-        raise DataError(f"{plan.path} must be writable; got {error}. Check --out.") from error
-    finally:
-        beside.unlink(missing_ok=True)
+        kind = DataFailure if isinstance(error, TimeoutError) else DataError
+        raise kind(f"{plan.path} must be writable; got {error}. Check --out.") from error
     return ShardDone(len(plan.entries))
 
 
 def read_part(plan: ShardPlan) -> tuple[Shard, list[dict[str, Any]]] | None:
-    """The shard and its rows when it was written before and is still what the plan says; otherwise None."""
+    """The shard and its rows when it was written before and is still what the plan says; otherwise None.
+
+    Raises:
+        DataError: the disk or the store does not tell.
+    """
     try:
         part = json.loads(plan.part.read_bytes())
         if part["fingerprint"] != plan.fingerprint or plan.path.stat().st_size != part["bytes"]:
             return None
         return Shard(plan.path.name, len(part["rows"]), part["bytes"], part["sha256"]), part["rows"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         return None
+    except OSError as error:
+        raise unreadable(str(plan.part), error) from error
 
 
 def finish_pool(
-    folder: Path, plans: Sequence[ShardPlan], classes: Sequence[str], palette: Palette, made: Mapping[str, Any]
+    folder: AnyPath,
+    plans: Sequence[ShardPlan],
+    classes: Sequence[str],
+    palette: Palette,
+    made: Mapping[str, Any],
+    patience: float = 0.0,
 ) -> None:
     """Index and `pool.json` from the part files, which then go.
 
@@ -153,6 +177,7 @@ def finish_pool(
         classes: class names, position = value in the masks.
         palette: RGB of each class.
         made: how the pool was made.
+        patience: seconds in which what other machines have written must be seen here.
 
     Raises:
         DataError: a shard is not finished, or the folder cannot be written.
@@ -160,33 +185,49 @@ def finish_pool(
     shards: list[Shard] = []
 
     def rows() -> Iterator[dict[str, Any]]:
-        for plan in plans:
-            part = read_part(plan)
+        for plan, read in read_ahead(read_part, plans, remote=isinstance(folder, StorePath)):
+            part = read() or _seen_late(plan, patience)
             if part is None:
-                raise DataError(f"{plan.path} must stay until its pool is done; it has changed. Run the command again.")
+                everywhere = " and --out be one folder for all machines" if patience else ""
+                raise DataError(
+                    f"{plan} must stay until its pool is done{everywhere}; it has changed or is not here. Run the "
+                    f"command again."
+                )
             shards.append(part[0])
             yield from part[1]
 
     write_index(
-        fs.LocalFileSystem(), str(folder), rows=rows(), shards=shards, classes=classes, palette=palette, made=made
+        *locate(str(folder), store=store_config(folder)),
+        rows=rows(),
+        shards=shards,
+        classes=classes,
+        palette=palette,
+        made=made,
     )
-    shutil.rmtree(folder / PARTS)
+    remove_folder(folder / PARTS)
+
+
+def _seen_late(plan: ShardPlan, patience: float) -> tuple[Shard, list[dict[str, Any]]] | None:
+    until, part = time.monotonic() + patience, None
+    while part is None and time.monotonic() < until:
+        time.sleep(1.0)
+        part = read_part(plan)
+    return part
 
 
 def _finished(plan: ShardPlan) -> bool:
     part = read_part(plan)
-    if part is None:
-        return False
+    if part is None or isinstance(plan.path, StorePath):
+        return part is not None
     with plan.path.open("rb") as file:  # after a power cut a file may have its length but not its bytes
         return file_sha256(file)[1] == part[0].sha256
 
 
-def fingerprint(settings: str, entries: Sequence[Entry], stats: Mapping[Path, Stat]) -> str:
+def fingerprint(settings: str, entries: Sequence[Entry], stats: Mapping[AnyPath, Stat]) -> str:
     """Name of what goes into a shard: settings, keys, notes, and the stat of each file."""
     digest = hashlib.blake2b(settings.encode(), digest_size=16)
     for entry in entries:
-        files = (entry.item.image, entry.item.mask if entry.with_mask else None)
-        marks = [stats[path] for path in files if path is not None]
+        marks = [stats[path] for path in entry.files]
         digest.update(repr((entry.key, entry.with_mask, marks, entry.item.note)).encode())
     return digest.hexdigest()
 
@@ -196,6 +237,8 @@ def _sample(source: Samples, entry: Entry) -> tuple[dict[str, Any], dict[str, An
     name = f"{entry.key} ({entry.item.image})" if entry.item.image is not None else entry.key
     try:
         suffix, image = source.image_bytes(entry.item)
+    except TimeoutError as error:
+        raise unreadable(f"image of {name}", error) from error  # nothing is wrong with it: the others would fail too
     except OSError as error:
         raise DataError(f"image of {name} must be readable; got {error}. Replace or remove it.") from error
     if suffix not in IMAGE_SUFFIXES:
@@ -312,9 +355,3 @@ def _add_offsets(rows: list[dict[str, Any]], file: IO[bytes]) -> None:
         images = (found.get(f"{key}.{suffix}") for suffix in IMAGE_SUFFIXES)
         row["image_offset"], row["image_bytes"] = next(place for place in images if place is not None)
         row["mask_offset"], row["mask_bytes"] = found.get(f"{key}.{MASK_SUFFIX}", (None, None))
-
-
-def _replace(path: Path, content: bytes) -> None:
-    beside = path.with_name(f"{path.name}.part")
-    beside.write_bytes(content)
-    beside.replace(path)

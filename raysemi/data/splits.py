@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from raysemi.data.paths import AnyPath, as_path, below
 from raysemi.data.sources import Item, listed, read_list
 from raysemi.data.standard import standard_list, standard_names
 from raysemi.errors import DataError
@@ -15,7 +16,7 @@ def labeled_keys(
     split: str | int | None,
     train: Sequence[Item],
     *,
-    root: Path | None,
+    root: AnyPath | None,
     standard: str | None = None,
     seed: int = 0,
     val: Sequence[Item] = (),
@@ -56,7 +57,7 @@ def labeled_keys(
 
 
 def split_origin(
-    split: str | int | None, *, root: Path | None, standard: str | None = None, seed: int = 0
+    split: str | int | None, *, root: AnyPath | None, standard: str | None = None, seed: int = 0
 ) -> dict[str, str | int]:
     """Where `labeled_keys` takes the labeled images from, for `pool.json`: a number may also be the name of a list.
 
@@ -74,17 +75,17 @@ def split_origin(
         return {"split": str(split), "list": _standard(standard, split)}
     if listing is None:
         return {"split": str(split), "drawn": int(split), "seed": seed}
-    below = root is not None and listing.is_relative_to(root)
-    return {"split": Path(str(split)).stem, "list": listing.relative_to(root).as_posix() if below else listing.name}  # type: ignore[arg-type]
+    inside = below(listing, root) if root is not None else None
+    return {"split": Path(str(split)).stem, "list": str(inside or listing.name)}
 
 
 def _standard(standard: str, split: str | int) -> str:
     return f"{standard}/{split} of the papers"
 
 
-def _list_file(split: str, root: Path | None) -> Path | None:
-    given = Path(split).expanduser()
-    candidates = [given, given / "labeled.txt"]
+def _list_file(split: str, root: AnyPath | None) -> AnyPath | None:
+    given = as_path(split)
+    candidates: list[AnyPath] = [given, given / "labeled.txt"]
     if root is not None:
         folder = root / "splits"
         candidates = [folder / f"{split}.txt", folder / split, folder / split / "labeled.txt", *candidates]
@@ -92,12 +93,12 @@ def _list_file(split: str, root: Path | None) -> Path | None:
 
 
 def _from_list(
-    listing: str, lines: Sequence[str], train: Sequence[Item], root: Path | None, val: Sequence[Item]
+    listing: str, lines: Sequence[str], train: Sequence[Item], root: AnyPath | None, val: Sequence[Item]
 ) -> set[str]:
     keys = {item.key for item in train}
     by_path: dict[str, str] = {}
     if root is not None and not keys.issuperset(lines):
-        by_path = {item.image.relative_to(root).as_posix(): item.key for item in train if item.image is not None}
+        by_path = {str(below(item.image, root)): item.key for item in train if item.image is not None}
     chosen, unknown = set(), []
     for line in lines:
         key = line if line in keys else by_path.get(line) or by_path.get(line.split()[0])

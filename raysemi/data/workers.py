@@ -5,15 +5,27 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from functools import partial
+from typing import Protocol, TypeVar
 
 from raysemi.errors import DataFailure
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+_THREADS = 8
+
+
+class Runner(Protocol):
+    """What `run_tasks` does, wherever it is done: here or on the machines of a cluster."""
+
+    def __call__(
+        self, work: Callable[[Task], Result], tasks: Sequence[Task]
+    ) -> Generator[tuple[Task, Result], None, None]:
+        """Results of `work` for each task, in the order in which they end; see `run_tasks`."""
 
 
 def usable_cores() -> int:
@@ -61,6 +73,31 @@ def run_tasks(
         ) from error
     finally:
         executor.shutdown(cancel_futures=True)
+
+
+def read_ahead(
+    work: Callable[[Task], Result], tasks: Iterable[Task], *, remote: bool
+) -> Iterator[tuple[Task, Callable[[], Result]]]:
+    """Each task and what gives its result, in order.
+
+    Args:
+        work: waits for an object store more than it computes.
+        tasks: in order.
+        remote: whether it does wait; then threads are some tasks ahead. Otherwise it is done when the result is asked
+            for.
+    """
+    if not remote:
+        yield from ((task, partial(work, task)) for task in tasks)
+        return
+    with ThreadPoolExecutor(_THREADS) as threads:
+        running: deque[tuple[Task, Future[Result]]] = deque()
+        for task in tasks:
+            running.append((task, threads.submit(work, task)))
+            if len(running) > _THREADS:
+                first, future = running.popleft()
+                yield first, future.result
+        for first, future in running:
+            yield first, future.result
 
 
 def _ignore_interrupt() -> None:

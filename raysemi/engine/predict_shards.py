@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import count
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from raysemi.data.paths import AnyPath
 from raysemi.data.pool import CONFIDENCE_SUFFIX, Pool
 from raysemi.data.reader import Reader
 from raysemi.data.shard import Entry, ShardDone, ShardPlan, png, write_shard
@@ -80,7 +80,7 @@ class ShardPredictor:
         self._reader = Reader(pool)
         self._ends = np.cumsum(pool.shard_rows)
 
-    def write(self, number: int, path: Path, fingerprint: str) -> ShardDone:
+    def write(self, number: int, path: AnyPath, fingerprint: str) -> ShardDone:
         """Writes the predictions of a shard, unless they are there already.
 
         Args:

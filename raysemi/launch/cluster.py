@@ -12,14 +12,17 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from raysemi.config import RayConfig
@@ -74,7 +77,7 @@ def connected(config: RayConfig) -> Iterator[Cluster]:
     except Exception as error:  # a bare one, where its processes take longer than 30 s to start
         target = "start on this machine" if own else f"answer at {address}"
         advice = (
-            "Run `raysemi doctor`, or go without Ray: train with ray=none, predict without --workers."
+            "Run `raysemi doctor`, or do without: train with ray=none, pack with --ray none, predict without --workers."
             if own
             else "Check ray.address and token."
         )
@@ -84,6 +87,33 @@ def connected(config: RayConfig) -> Iterator[Cluster]:
         yield Cluster(own, here=own or _single_node())
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def ctrl_c_wins() -> Iterator[threading.Event]:
+    """Gives an event that Ctrl-C sets; afterwards any error is KeyboardInterrupt.
+
+    A terminal sends the signal to all of its processes, so what the driver meets first may be a dead worker; and an
+    exception that a signal raises inside a destructor is lost.
+    """
+    pressed, previous = threading.Event(), signal.getsignal(signal.SIGINT)
+    if not callable(previous) or threading.current_thread() is not threading.main_thread():
+        yield pressed  # ignored, as in a script's background job, or not ours to handle
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        pressed.set()
+        previous(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    except Exception as error:
+        if pressed.is_set():
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def worker_resources(config: RayConfig, cluster: Cluster) -> tuple[int, bool]:
@@ -108,18 +138,21 @@ def worker_resources(config: RayConfig, cluster: Cluster) -> tuple[int, bool]:
     return _cpus_per_worker(config, cluster.own), enough if config.use_gpu == "auto" else config.use_gpu
 
 
-def refuse_relative_paths(paths: Iterable[tuple[str, str | None]]) -> None:
+def refuse_relative_paths(
+    paths: Iterable[tuple[str, str | None]], instead: str = "RAY_ADDRESS=local, and no ray.address"
+) -> None:
     """Refuses what several machines would look up each in a folder of its own.
 
     Args:
         paths: (setting, path or URL) each; None is passed over.
+        instead: what starts Ray on this machine alone.
 
     Raises:
         ConfigError: names every path that is relative.
     """
     faults = [
         f"{name} must be an absolute path or a URL that every node reaches; got {path}. Change it, or start a cluster "
-        "on this machine: RAY_ADDRESS=local, and no ray.address."
+        f"on this machine: {instead}."
         for name, path in paths
         if path and "://" not in path and not Path(path).expanduser().is_absolute()
     ]

@@ -27,9 +27,8 @@ from raysemi.engine import distributed
 from raysemi.engine.predict_shards import ShardPredictor
 from raysemi.engine.trainer import resolve_precision
 from raysemi.errors import ConfigError, DataError, RaysemiError
-from raysemi.launch.cluster import connected, refuse_relative_paths, worker_resources
+from raysemi.launch.cluster import connected, ctrl_c_wins, refuse_relative_paths, worker_resources
 from raysemi.launch.restore import Trained, load_network
-from raysemi.launch.train import ctrl_c_wins
 
 Progress = Callable[[int, int], None]
 _PLAN = "plan.json"
@@ -309,7 +308,7 @@ def _count_try(plan: ShardPlan) -> Path:
     Raises:
         RaysemiError: as many others as may die have done so, or the folder cannot be written.
     """
-    path = plan.part.with_suffix(_TRIED)
+    path = Path(str(plan.part)).with_suffix(_TRIED)
     try:
         with path.open("ab") as file:
             if file.tell() >= _TRIES:

@@ -6,21 +6,19 @@ import contextlib
 import logging
 import os
 import secrets
-import signal
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from raysemi import config_io
 from raysemi.config import RayConfig, RunConfig, check_world
 from raysemi.errors import DataError, DataFailure, RaysemiError
 from raysemi.launch.board import Board, OnLog, ToBoard, post_fault, relay
-from raysemi.launch.cluster import Cluster, connected, refuse_relative_paths, worker_resources
+from raysemi.launch.cluster import Cluster, connected, ctrl_c_wins, refuse_relative_paths, worker_resources
 from raysemi.launch.restore import open_pools, refuse_another_run
 
 _log = logging.getLogger(__name__)
@@ -56,33 +54,6 @@ def launch(config: RunConfig, on_log: OnLog | None = None) -> dict[str, Any]:
     from raysemi.launch.worker import run
 
     return run(config, on_log)
-
-
-@contextlib.contextmanager
-def ctrl_c_wins() -> Iterator[threading.Event]:
-    """Gives an event that Ctrl-C sets; afterwards any error is KeyboardInterrupt.
-
-    A terminal sends the signal to all of its processes, so what the driver meets first may be a dead worker; and an
-    exception that a signal raises inside a destructor is lost.
-    """
-    pressed, previous = threading.Event(), signal.getsignal(signal.SIGINT)
-    if not callable(previous) or threading.current_thread() is not threading.main_thread():
-        yield pressed  # ignored, as in a script's background job, or not ours to handle
-        return
-
-    def note(number: int, frame: FrameType | None) -> None:
-        pressed.set()
-        previous(number, frame)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield pressed
-    except Exception as error:
-        if pressed.is_set():
-            raise KeyboardInterrupt from error
-        raise
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def _on_ray(config: RunConfig, settings: RayConfig, on_log: OnLog | None, pressed: threading.Event) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from raysemi.data.paths import AnyPath, as_path
 from raysemi.errors import ConfigError, DataError
 
 Part = Literal["train", "val"]
@@ -46,8 +47,8 @@ class Item:
 
     key: str
     has_mask: bool
-    image: Path | None = None
-    mask: Path | None = None
+    image: AnyPath | None = None
+    mask: AnyPath | None = None
     note: Any = None
 
 
@@ -72,7 +73,7 @@ class Source(Samples, Protocol):
     """A data set that `pack` can read."""
 
     @property
-    def root(self) -> Path | None:
+    def root(self) -> AnyPath | None:
         """Folder of the data set, where `splits/` is looked for; None for a source that makes its images."""
 
     palette: Palette
@@ -87,7 +88,7 @@ class Source(Samples, Protocol):
 class FileSource:
     """Base of sources whose images lie in files."""
 
-    root: Path
+    root: AnyPath
     standard: str | None = None
 
     def image_bytes(self, item: Item) -> tuple[str, bytes]:
@@ -96,12 +97,12 @@ class FileSource:
         return item.image.suffix[1:].lower(), item.image.read_bytes()
 
 
-def open_source(name: str, root: str | Path | None = None, **options: Any) -> Source:
+def open_source(name: str, root: str | AnyPath | None = None, **options: Any) -> Source:
     """The source of that name.
 
     Args:
         name: a key of `SOURCES`.
-        root: folder of the data set; None for a source that draws its images.
+        root: folder of the data set, or its URL; None for a source that draws its images.
         options: further keyword arguments of the source's class.
 
     Raises:
@@ -145,11 +146,12 @@ def _class_of(name: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-def source_root(root: str | Path | None, source: str) -> Path:
-    """The folder of a data set, made absolute, refused when it is not there."""
+def source_root(root: str | AnyPath | None, source: str) -> AnyPath:
+    """The folder of a data set, made absolute, or its URL; refused when it is not there."""
     if root is None:
         raise DataError(f"--root must name the folder of the data set for source {source}; got nothing. Give it.")
-    folder = Path(root).expanduser().absolute()
+    folder = as_path(root)
+    folder = folder.absolute() if isinstance(folder, Path) else folder
     if not folder.is_dir():
         raise DataError(f"--root must be a folder that exists; got {root}. Check the path.")
     return folder
@@ -172,7 +174,7 @@ def default_palette(classes: Sequence[str]) -> Palette:
     return tuple(colours)
 
 
-def read_list(path: Path) -> list[str]:
+def read_list(path: AnyPath) -> list[str]:
     """Lines of an id list, without blank lines.
 
     Raises:

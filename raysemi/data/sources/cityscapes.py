@@ -11,11 +11,10 @@ Source: Cordts et al. 2016, "The Cityscapes dataset for semantic urban scene und
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 from numpy.typing import NDArray
 
+from raysemi.data.paths import AnyPath
 from raysemi.data.pool import NOT_ANNOTATED
 from raysemi.data.sources import FileSource, Item, Palette, Part, source_root
 from raysemi.data.sources.folder import read_raw_mask
@@ -62,20 +61,21 @@ class Cityscapes(FileSource):
     palette: Palette = tuple(colour for _, _, colour in _TABLE)
     standard = "cityscapes"
 
-    def __init__(self, root: str | Path | None) -> None:
+    def __init__(self, root: str | AnyPath | None) -> None:
         self.root = source_root(root, "cityscapes")
         if not (self.root / "leftImg8bit").is_dir():
             raise DataError(f"--root must hold leftImg8bit and gtFine; got {self.root}. Give that folder.")
 
     def items(self, part: Part) -> list[Item]:
         """Images of the part, with masks where gtFine has them."""
-        images = self.root / "leftImg8bit" / part
+        images, labels = self.root / "leftImg8bit" / part, self.root / "gtFine" / part
+        masks: dict[str, AnyPath] = {}
+        for end in reversed(_MASK_ENDS):  # what comes later wins
+            masks |= {f"{path.parent.name}/{path.name.removesuffix(end)}": path for path in labels.glob(f"*/*{end}")}
         found = []
         for path in images.glob(f"*/*{_IMAGE_END}.png"):
             key = f"{path.parent.name}/{path.stem.removesuffix(_IMAGE_END)}"
-            masks = (self.root / "gtFine" / part / f"{key}{end}" for end in _MASK_ENDS)
-            mask = next((mask for mask in masks if mask.is_file()), None)
-            found.append(Item(key, mask is not None, path, mask))
+            found.append(Item(key, key in masks, path, masks.get(key)))
         if not found:
             raise DataError(f"{images} must hold CITY/*{_IMAGE_END}.png; got none. Unpack leftImg8bit there.")
         return found

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from raysemi.data.paths import AnyPath
 from raysemi.data.sources import FileSource, Item, Part, default_palette, listed, source_root
 from raysemi.data.sources.folder import folder_items, read_raw_mask
 from raysemi.errors import DataError
@@ -48,7 +49,7 @@ class Coco(FileSource):
 
     standard = "coco"
 
-    def __init__(self, root: str | Path | None, check: bool = True, images: str | None = None) -> None:
+    def __init__(self, root: str | AnyPath | None, check: bool = True, images: str | None = None) -> None:
         self.root = source_root(root, "coco")
         self._check = check
         self._bare = images
@@ -95,7 +96,7 @@ class Coco(FileSource):
         height, width, annotations = item.note
         return rasterise(height, width, annotations, self._index_of)
 
-    def _images(self, part: Part) -> Path:
+    def _images(self, part: Part) -> AnyPath:
         names = [f"{part}2017", f"images/{part}2017", part, f"images/{part}"]
         if part == "train" and self._bare is not None:
             names = [self._bare, f"images/{self._bare}"]
@@ -104,7 +105,7 @@ class Coco(FileSource):
             raise DataError(f"{self.root} must hold the {part} images in {listed(names)}; got none. Put them there.")
         return found
 
-    def _annotations(self, part: Part) -> Path:
+    def _annotations(self, part: Part) -> AnyPath:
         folder = self.root / "annotations"
         exact = [folder / f"instances_{part}2017.json", folder / f"instances_{part}.json"]
         return next((path for path in exact if path.is_file()), exact[0])
@@ -153,7 +154,7 @@ class Coco(FileSource):
         return [Item(item.key, item.key in notes, item.image, None, notes.get(item.key)) for item in found]
 
 
-def _categories(content: dict[str, Any], path: Path) -> tuple[tuple[str, ...], dict[int, int]]:
+def _categories(content: dict[str, Any], path: AnyPath) -> tuple[tuple[str, ...], dict[int, int]]:
     """Class names with background first, and category id -> class index."""
     try:
         names = {int(category["id"]): str(category["name"]) for category in content["categories"]}

@@ -27,7 +27,6 @@ lists is an error, never silently ignored.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +34,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from raysemi.bounded import YAMLFault, parse_yaml
+from raysemi.data.paths import AnyPath, as_path, below
 from raysemi.data.pool import IMAGE_SUFFIXES, NOT_ANNOTATED
 from raysemi.data.sources import FileSource, Item, Palette, Part, default_palette, listed, source_root
 from raysemi.errors import DataError
@@ -67,12 +67,12 @@ class Folder(FileSource):
         DataError: the folder or the class file is missing or wrong.
     """
 
-    def __init__(self, root: str | Path | None, classes: str | Path | None = None) -> None:
+    def __init__(self, root: str | AnyPath | None, classes: str | AnyPath | None = None) -> None:
         self.root = source_root(root, "folder")
         if not (self.root / "images").is_dir():
             raise DataError(f"--root must hold images/train and labels/train; got {self.root}. See `raysemi pack -h`.")
         found = [path for path in (self.root / "classes.txt", self.root / "classes.yaml") if path.is_file()]
-        path = Path(classes) if classes is not None else (found or [self.root / "classes.txt"])[0]
+        path = as_path(classes) if classes is not None else (found or [self.root / "classes.txt"])[0]
         self.map = read_class_map(path)
         self.classes, self.palette = self.map.names, self.map.palette
 
@@ -85,7 +85,7 @@ class Folder(FileSource):
         return None if item.mask is None else to_indices(read_raw_mask(item.mask), self.map, item.mask)
 
 
-def folder_items(images: Path, labels: Path | None, strict: bool = True) -> list[Item]:
+def folder_items(images: AnyPath, labels: AnyPath | None, strict: bool = True) -> list[Item]:
     """Images below a folder, each with the PNG of the same key below the other folder.
 
     Args:
@@ -98,7 +98,7 @@ def folder_items(images: Path, labels: Path | None, strict: bool = True) -> list
     if not images.is_dir():
         raise DataError(f"{images} must be a folder of images; got nothing there. Create it, or correct --root.")
     others = {suffix[1:] for suffix in Image.registered_extensions()} - set(IMAGE_SUFFIXES)
-    found: dict[str, Path] = {}
+    found: dict[str, AnyPath] = {}
     faults = []
     for path in _files(images):
         suffix = path.suffix[1:].lower()
@@ -106,13 +106,11 @@ def folder_items(images: Path, labels: Path | None, strict: bool = True) -> list
             faults.append(f"{path} must be one of {', '.join(IMAGE_SUFFIXES)}. Convert it")
         if suffix not in IMAGE_SUFFIXES:
             continue
-        key = path.relative_to(images).with_suffix("").as_posix()
+        key = _key(path, images)
         if key in found:
             faults.append(f"{path} must not share the key {key!r} with {found[key].name}. Rename one")
         found[key] = path
-    masks = (
-        {path.relative_to(labels).with_suffix("").as_posix(): path for path in _files(labels, ".png")} if labels else {}
-    )
+    masks = {_key(path, labels): path for path in _files(labels, ".png")} if labels else {}
     if strict:
         lost = sorted(masks.keys() - found.keys())
         faults += [f"{masks[key]} must have an image {images / key}.*. Add it or remove the mask" for key in lost]
@@ -123,7 +121,13 @@ def folder_items(images: Path, labels: Path | None, strict: bool = True) -> list
     return [Item(key, key in masks, path, masks.get(key)) for key, path in found.items()]
 
 
-def _files(folder: Path, suffix: str | None = None) -> list[Path]:
+def _key(path: AnyPath, folder: AnyPath) -> str:
+    inside = below(path, folder)
+    assert inside is not None
+    return inside.with_suffix("").as_posix()
+
+
+def _files(folder: AnyPath, suffix: str | None = None) -> list[AnyPath]:
     return [
         path
         for path in folder.rglob("*")
@@ -131,14 +135,14 @@ def _files(folder: Path, suffix: str | None = None) -> list[Path]:
     ]
 
 
-def read_raw_mask(path: Path) -> NDArray[Any]:
+def read_raw_mask(path: AnyPath) -> NDArray[Any]:
     """What a mask file holds: [H, W] raw index (never through a palette), or [H, W, 3] RGB.
 
     Raises:
         DataError: unreadable, or neither one channel nor RGB.
     """
     try:
-        with Image.open(path) as image:
+        with path.open("rb") as file, Image.open(file) as image:
             image.load()
             if image.mode in ("L", "P") or image.mode.startswith("I"):
                 return np.asarray(image)
@@ -152,7 +156,7 @@ def read_raw_mask(path: Path) -> NDArray[Any]:
     raise DataError(f"mask {path} must have one channel or RGB; got mode {mode}. Save it again.")
 
 
-def to_indices(raw: NDArray[Any], classes: ClassMap, path: Path) -> NDArray[np.uint8]:
+def to_indices(raw: NDArray[Any], classes: ClassMap, path: AnyPath) -> NDArray[np.uint8]:
     """Translate the values of a mask into class indices; 255 where ignored.
 
     Raises:
@@ -191,7 +195,7 @@ def to_indices(raw: NDArray[Any], classes: ClassMap, path: Path) -> NDArray[np.u
     return table[values]
 
 
-def read_class_map(path: Path) -> ClassMap:
+def read_class_map(path: AnyPath) -> ClassMap:
     """Read `classes.txt` in either of its forms.
 
     Raises:
@@ -215,7 +219,7 @@ def read_class_map(path: Path) -> ClassMap:
     return _class_map({"classes": names}, path)
 
 
-def _class_map(content: dict[str, Any], path: Path) -> ClassMap:
+def _class_map(content: dict[str, Any], path: AnyPath) -> ClassMap:
     entries = content["classes"] if isinstance(content["classes"], list) else []
     faults = [f"{key!r} must be one of {', '.join(sorted(_MAP_KEYS))}" for key in content if key not in _MAP_KEYS]
     if not 1 <= len(entries) <= _MAX_CLASSES:

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from raysemi.data.paths import AnyPath
 from raysemi.data.sources import FileSource, Item, Part, default_palette, listed, read_list, source_root
 from raysemi.data.sources.folder import read_raw_mask
 from raysemi.data.standard import standard_list
@@ -48,7 +49,7 @@ class Voc(FileSource):
     palette = default_palette(CLASSES)
     standard = "voc"
 
-    def __init__(self, root: str | Path | None, sbd: str | Path | None = None, check: bool = True) -> None:
+    def __init__(self, root: str | AnyPath | None, sbd: str | AnyPath | None = None, check: bool = True) -> None:
         given = source_root(root, "voc")
         inside = (given, given / "VOC2012", given / "VOCdevkit" / "VOC2012")
         self.root = next((path for path in inside if (path / "JPEGImages").is_dir()), given)
@@ -61,11 +62,11 @@ class Voc(FileSource):
         """Images of the part. Unlabeled train images need no mask."""
         masks = self._masks()
         ids = self._list("val") if part == "val" else self._train(masks)
-        images = {id_: self.root / "JPEGImages" / f"{id_}.jpg" for id_ in ids}
-        missing = [id_ for id_, path in images.items() if not path.is_file()]
+        images = self._images()
+        missing = [id_ for id_ in ids if id_ not in images]
         if missing:
             raise DataError(f"{self.root}/JPEGImages must hold every {part} image; got none for {listed(missing)}.")
-        return [Item(id_, id_ in masks, path, masks.get(id_)) for id_, path in images.items()]
+        return [Item(id_, id_ in masks, images[id_], masks.get(id_)) for id_ in ids]
 
     def mask(self, item: Item) -> NDArray[np.uint8] | None:
         """Raw index of the PNG, or `GTcls.Segmentation` of the .mat file."""
@@ -76,8 +77,11 @@ class Voc(FileSource):
             raise DataError(f"mask {item.mask} must have one 8-bit channel; got {raw.dtype} {raw.shape}. Replace it.")
         return raw
 
-    def _masks(self) -> dict[str, Path]:
-        found: dict[str, Path] = {}
+    def _images(self) -> dict[str, AnyPath]:
+        return _by_stem((self.root / "JPEGImages").glob("*.jpg"))
+
+    def _masks(self) -> dict[str, AnyPath]:
+        found: dict[str, AnyPath] = {}
         if self._cls is not None:
             found.update(_by_stem(self._cls.glob("*.mat")))
         for folder in ("SegmentationClassAug", "SegmentationClass"):  # what comes later wins
@@ -91,12 +95,12 @@ class Voc(FileSource):
                 return read_list(path)
         return standard_list("voc", part)
 
-    def _train(self, masks: dict[str, Path]) -> list[str]:
+    def _train(self, masks: dict[str, AnyPath]) -> list[str]:
         augmented = self._cls is not None or (self.root / "SegmentationClassAug").is_dir() or len(masks) > _PLAIN_MASKS
         given = (self.root / "splits" / "train.txt").is_file()
         if not (augmented or given) and self._check:
             papers = standard_list("voc", "train")
-            if {path.stem for path in (self.root / "JPEGImages").glob("*.jpg")}.issuperset(papers):
+            if self._images().keys() >= set(papers):
                 return papers
         ids = self._list("train") if given or not augmented else sorted(masks.keys() - set(self._list("val")))
         if augmented and self._check:
@@ -104,7 +108,7 @@ class Voc(FileSource):
         return ids
 
 
-def check_augmented(ids: Iterable[str], root: Path) -> None:
+def check_augmented(ids: Iterable[str], root: AnyPath) -> None:
     """Compare the augmented train list with the papers' 10,582 ids.
 
     Raises:
@@ -123,7 +127,7 @@ def check_augmented(ids: Iterable[str], root: Path) -> None:
         )
 
 
-def read_mat(path: Path) -> NDArray[np.uint8]:
+def read_mat(path: AnyPath) -> NDArray[np.uint8]:
     """Class mask of one SBD file.
 
     Raises:
@@ -132,17 +136,18 @@ def read_mat(path: Path) -> NDArray[np.uint8]:
     from scipy.io import loadmat
 
     try:
-        segmentation = loadmat(path, squeeze_me=True, struct_as_record=False)["GTcls"].Segmentation
+        with path.open("rb") as file:
+            segmentation = loadmat(file, squeeze_me=True, struct_as_record=False)["GTcls"].Segmentation
     except Exception as error:  # the reader has many ways to fail on a broken file
         raise DataError(f"mask {path} must be a .mat file with GTcls.Segmentation; got {error}. Replace it.") from error
     return np.atleast_2d(np.asarray(segmentation, dtype=np.uint8))
 
 
-def _by_stem(paths: Iterable[Path]) -> dict[str, Path]:
+def _by_stem(paths: Iterable[AnyPath]) -> dict[str, AnyPath]:
     return {path.stem: path for path in paths if not path.name.startswith(".")}
 
 
-def _sbd_folder(roots: list[Path], sbd: str | Path | None) -> Path | None:
+def _sbd_folder(roots: list[AnyPath], sbd: str | AnyPath | None) -> AnyPath | None:
     if sbd is not None:
         bases = [source_root(sbd, "voc (SBD)")]
     else:

@@ -67,7 +67,7 @@ def test_jobs_are_the_same_verbs(trained: Path) -> None:
     done = subprocess.run(job, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["steps"] == 2
-    for name in ("pack", "train", "predict"):
+    for name in ("pack", "index", "train", "predict"):
         usage = subprocess.run([sys.executable, str(ROOT / f"jobs/{name}.py"), "-h"], capture_output=True, text=True)
         assert f"raysemi {name}" in usage.stdout
 

@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+import hashlib
 import io
 import tarfile
+import tempfile
+from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 from PIL import Image
 
+from raysemi.data import index
 from raysemi.data.index import index_shards
 from raysemi.data.pool import Pool
+from raysemi.data.rows import INDEX_SCHEMA, whole_shards
 from raysemi.data.verify import verify
 from raysemi.errors import DataError
 
@@ -117,3 +123,36 @@ def test_no_shards_compressed_shards_and_packed_pools_are_refused(tmp_path):
     (tmp_path / "x.tar.gz").write_bytes(b"")
     with pytest.raises(DataError, match="uncompressed"):
         index_shards(tmp_path)
+
+
+def test_row_groups_and_bytes_are_those_of_rows_that_are_all_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("raysemi.data.index.ROWS_A_GROUP", 5)
+    monkeypatch.setattr("raysemi.data.rows.ROWS_A_GROUP", 5)
+    for shard, count in (("a", 2), ("b", 3), ("c", 1), ("d", 12), ("e", 2)):
+        put_tar(tmp_path / f"{shard}.tar", [(f"{shard}{number}.png", encoded(IMAGE)) for number in range(count)])
+    pool = index_shards(tmp_path, processes=1)
+    rows = pool.index.to_pylist()
+    groups = list(whole_shards(rows))
+    assert [len(group) for group in groups] == [5, 1, 5, 5, 4]
+    assert [table.to_pylist() for table in pool.rows.groups()] == groups
+    before = hashlib.sha256((tmp_path / "index.parquet").read_bytes()).digest()
+    index.write_index_groups(
+        pool.filesystem, str(tmp_path), shards=pool.shard_files, classes=(), palette=(),
+        groups=(pyarrow.Table.from_pylist(group, schema=INDEX_SCHEMA) for group in groups),
+    )  # fmt: skip
+    assert hashlib.sha256((tmp_path / "index.parquet").read_bytes()).digest() == before
+
+
+def test_rows_wait_in_temporary_files_that_go(tmp_path, monkeypatch):
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    for shard in "abc":
+        put_tar(tmp_path / f"pool/{shard}.tar", [(f"{shard}.png", encoded(IMAGE))])
+    waiting = []
+
+    def look(done: int, total: int) -> None:
+        waiting.append(len(list(Path(tempfile.gettempdir()).rglob("*.arrow"))))
+
+    index_shards(tmp_path / "pool", processes=1, progress=look)
+    assert waiting == [1, 2, 3]
+    assert not list((tmp_path / "tmp").iterdir())

@@ -7,8 +7,8 @@ import pytest
 from makers import call
 from PIL import Image
 
-from raysemi.bench.data import DataResult
-from raysemi.bench.data_plot import plot
+from raysemi.bench.data import DataResult, as_lines
+from raysemi.report.rates import draw_rates
 
 
 def test_a_line_for_each_reader(tmp_path):
@@ -17,9 +17,12 @@ def test_a_line_for_each_reader(tmp_path):
                    {"folder": {"images_per_s": 90.0, "ratio": 1.1}})
         for processes in (2, 1, 4)
     ]  # fmt: skip
-    plot(results, tmp_path / "a.svg")
+    processes, lines = as_lines(results)
+    assert processes == [1, 2, 4]
+    assert list(lines.values()) == [[100.0, 200.0, 400.0], [120.0] * 3, [90.0] * 3]
+    draw_rates(tmp_path / "a.svg", processes, lines, 33)
     assert (tmp_path / "a.svg").read_text().startswith("<?xml")
-    plot(results, tmp_path / "a.png")
+    draw_rates(tmp_path / "a.png", processes, lines, 33)
     image = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"))
     colours = {tuple(pixel) for pixel in image.reshape(-1, 3)[::3]}
     assert {(31, 119, 180), (0, 0, 0), (255, 127, 14)} <= colours
