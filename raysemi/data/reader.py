@@ -102,11 +102,7 @@ class Reader:
 
     def picture(self, row_index: int) -> Image.Image:
         """Image of a sample, RGB, as Pillow holds it: what the views resize without another copy. Raises as `image`."""
-        row = self._row(row_index)
-        picture = self._decoded(row, row.image_offset, row.image_bytes, row.image_crc32, "image", FORMATS)
-        if picture.mode.startswith(("I", "F")):
-            raise self._corrupt(row, "image must have 8 bits a channel", picture.mode)
-        return picture if picture.mode == "RGB" else picture.convert("RGB")
+        return self._picture(self._row(row_index))
 
     def encoded(self, row_index: int) -> bytes:
         """Image of a sample as it is stored. Raises as `image` where bytes are missing; they are not decoded."""
@@ -119,7 +115,41 @@ class Reader:
         Raises:
             DataError: as `image`; also when the sample has no mask, or a class that the pool does not have.
         """
-        row = self._row(row_index)
+        return self._mask(self._row(row_index))
+
+    def sample(self, row_index: int, with_mask: bool = False) -> Sample:
+        """A decoded sample, or, where it is corrupt and `on_corrupt` is `skip`, another one instead.
+
+        Raises:
+            DataError: as `image` and `mask`; with `skip` only when many in a row are corrupt, or a shard is missing.
+        """
+        skipped: list[Skipped] = []
+        tried = row_index
+        while True:
+            row = self._row(tried)
+            try:
+                picture = self._picture(row)
+                mask = self._mask(row) if with_mask else None
+                return Sample(tried, row.key, picture, mask, tuple(skipped))
+            except CorruptSample as error:
+                if self.on_corrupt == "raise":
+                    raise
+                skipped.append(Skipped(*self.pool.origin(row.shard), row.key, str(error)))
+                if len(skipped) > MOST_REPLACEMENTS:
+                    raise DataError(
+                        f"pool {self.pool.path}: at most {MOST_REPLACEMENTS} samples in a row may be corrupt; got "
+                        f"{len(skipped)}, the last: {error}"
+                    ) from error
+            seed = f"{self.pool.digest}/{row_index}/{len(skipped)}".encode()
+            tried = int.from_bytes(hashlib.blake2b(seed, digest_size=8).digest(), "little") % self.pool.num_samples
+
+    def _picture(self, row: Row) -> Image.Image:
+        picture = self._decoded(row, row.image_offset, row.image_bytes, row.image_crc32, "image", FORMATS)
+        if picture.mode.startswith(("I", "F")):
+            raise self._corrupt(row, "image must have 8 bits a channel", picture.mode)
+        return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+    def _mask(self, row: Row) -> NDArray[np.uint8]:
         if row.mask_offset is None or row.mask_bytes is None:
             raise DataError(
                 f"{self._where(row)}: sample must have a mask to be used as labeled; got none. Use a pool in which "
@@ -134,32 +164,6 @@ class Reader:
             wrong = int(mask[mask != NOT_ANNOTATED].max())
             raise self._corrupt(row, f"mask must hold classes below {len(self.pool.classes)} or 255", wrong)
         return mask
-
-    def sample(self, row_index: int, with_mask: bool = False) -> Sample:
-        """A decoded sample, or, where it is corrupt and `on_corrupt` is `skip`, another one instead.
-
-        Raises:
-            DataError: as `image` and `mask`; with `skip` only when many in a row are corrupt, or a shard is missing.
-        """
-        skipped: list[Skipped] = []
-        tried = row_index
-        while True:
-            try:
-                picture = self.picture(tried)
-                mask = self.mask(tried) if with_mask else None
-                return Sample(tried, self.pool.key(tried), picture, mask, tuple(skipped))
-            except CorruptSample as error:
-                if self.on_corrupt == "raise":
-                    raise
-                row = self.pool.row(tried)
-                skipped.append(Skipped(*self.pool.origin(row.shard), row.key, str(error)))
-                if len(skipped) > MOST_REPLACEMENTS:
-                    raise DataError(
-                        f"pool {self.pool.path}: at most {MOST_REPLACEMENTS} samples in a row may be corrupt; got "
-                        f"{len(skipped)}, the last: {error}"
-                    ) from error
-            seed = f"{self.pool.digest}/{row_index}/{len(skipped)}".encode()
-            tried = int.from_bytes(hashlib.blake2b(seed, digest_size=8).digest(), "little") % self.pool.num_samples
 
     def _decoded(
         self, row: Row, offset: int, length: int, crc32: int | None, what: str, formats: tuple[str, ...]
