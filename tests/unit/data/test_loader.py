@@ -188,13 +188,14 @@ def test_training_never_opens_an_unlabeled_mask(tmp_path, make_pool, pools, monk
 
     masked = make_pool(tmp_path / "garbage", 13, change=garbage)
     opened = []
-    read = Reader.mask
+    read = Reader._payload
 
-    def spy(self, row):
-        opened.append(self.pool)
-        return read(self, row)
+    def spy(self, row, offset, length, what):
+        if what == "mask":
+            opened.append(self.pool)
+        return read(self, row, offset, length, what)
 
-    monkeypatch.setattr(Reader, "mask", spy)
+    monkeypatch.setattr(Reader, "_payload", spy)
     for one, other in zip(stream({**pools, "unlabeled": masked}), stream(pools), strict=True):
         assert one.truth_UHW is None
         assert torch.equal(one.image_L3HW, other.image_L3HW)
