@@ -9,7 +9,7 @@ Axes: B images of a pass, U unlabeled ones, C channels.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,18 @@ def with_complementary(
     return replace(features, maps=tuple(maps))
 
 
+@dataclass(frozen=True, eq=False)
+class DrawnDropout:
+    """A `Keep` of factors that were drawn beforehand."""
+
+    drawn: Mapping[str, Tensor]
+    """[B, channels] of each dropout, by its name."""
+
+    def __call__(self, place: str, channels: int) -> Tensor:
+        """The factors of a dropout."""
+        return self.drawn[place]
+
+
 def drawn_dropout(
     network: nn.Module, slots: Mapping[str, Tensor], name: str, drop: float, context: StepContext
 ) -> Keep:
@@ -82,4 +94,4 @@ def drawn_dropout(
         place: torch.cat([context.keep(of, f"{name}/{place}/{kind}", channels, drop) for kind, of in slots.items()])
         for place, channels in dropouts(network).items()
     }
-    return lambda place, _: drawn[place]
+    return DrawnDropout(drawn)

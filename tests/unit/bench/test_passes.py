@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -69,6 +70,7 @@ def test_the_recorded_passes_are_the_documented_ones(settings):
 def test_the_floor_makes_the_same_passes_and_changes_the_same_things(method):
     made = bench(method)
     passes = recorded(made)
+    assert pickle.dumps(passes)  # they go to a process of its own, where memory is measured
     floor = Floor(made.trainer, passes)
     before = {name: value.clone() for name, value in made.trainer.student.state_dict().items()}
     assert [replace(one, perturbed=0) for one in record(made.trainer, floor)] == [
