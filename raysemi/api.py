@@ -165,6 +165,8 @@ def predict(
     """
     if (images is None) == (pool is None):
         raise ConfigError("predict must get --images or --pool, one of the two; got neither or both. Give one.")
+    if "://" in str(out):
+        raise ConfigError(f"--out must be a folder, local or shared; got {out}. Copy the files to the store later.")
     trained = load_network(run, which)
     config = _with_eval(trained.config, overrides).eval
     opened = _pool_of(run, trained, pool) if pool is not None else None

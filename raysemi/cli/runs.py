@@ -65,7 +65,7 @@ def predict(
     run: Run,
     overrides: Settings = None,
     *,
-    out: Annotated[Path, typer.Option(help="Folder for labels/ and overlays/, or for the pool of --shards.")],
+    out: Annotated[str, typer.Option(help="Folder for labels/ and overlays/, or for the pool of --shards.")],
     images: Annotated[Path | None, typer.Option(help="Folder of image files.")] = None,
     pool: Annotated[str | None, typer.Option(help="Pool, in place of --images.")] = None,
     best: Best = False,
@@ -102,7 +102,7 @@ def predict(
             where = f"{made.num_samples} images: {len(made.shards)} shards, {made.path}"
         else:
             done = api.predict(run, images=images, pool=pool, out=out, **how)
-            where = f"{done} images: {out / 'labels'}, {out / 'overlays'}"
+            where = f"{done} images: {Path(out) / 'labels'}, {Path(out) / 'overlays'}"
     if is_first_rank():
         typer.echo(where)
 

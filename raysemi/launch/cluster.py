@@ -79,7 +79,7 @@ def connected(config: RayConfig) -> Iterator[Cluster]:
         advice = (
             "Run `raysemi doctor`, or do without: train with ray=none, pack with --ray none, predict without --workers."
             if own
-            else "Check ray.address and token."
+            else "Check the address (ray.address, --ray) and the token."
         )
         first = str(error).strip().splitlines()[0].rstrip(".")
         raise RaysemiError(f"Ray must {target}; got {type(error).__name__}: {first}. {advice}") from error

@@ -124,6 +124,13 @@ def test_predict_needs_one_source(trained: Path, tmp_path: Path) -> None:
     assert "--images or --pool, one of the two; got neither or both" in result.output
 
 
+@pytest.mark.parametrize("shards", [(), ("--shards",)])
+def test_predictions_go_to_a_folder(trained: Path, scenes: Path, shards: tuple[str, ...]) -> None:
+    result = call("predict", trained, "--pool", scenes / "val", "--out", "s3://bucket/out", *shards)
+    assert result.exit_code == 2
+    assert "--out must be a folder, local or shared; got s3://bucket/out" in " ".join(result.output.split())
+
+
 def test_report(trained: Path) -> None:
     result = call("report", trained)
     assert result.exit_code == 0, result.output
