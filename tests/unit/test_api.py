@@ -24,7 +24,8 @@ def trained(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("classes", ["the run's", "none"])
 def test_a_pool_is_drawn_in_the_colours_of_the_run(trained, scenes, tmp_path, classes):
-    pool = foreign(scenes / "val", tmp_path, palette=[[1, 2, 3]] * 7, **({"classes": []} if classes == "none" else {}))
+    other = {"classes": [], "palette": []} if classes == "none" else {"palette": [[1, 2, 3]] * 7}
+    pool = foreign(scenes / "val", tmp_path, **other)
     assert api.predict(trained, pool=pool, out=tmp_path / "out") == 5
     palette = [value for colour in api.load_model(trained).palette for value in colour]
     for file in (tmp_path / "out" / "labels").rglob("*.png"):

@@ -88,7 +88,8 @@ def test_continued_equals_never_stopped(scenes, tmp_path, method, rule):
     assert_same_bits(newest(tmp_path / "whole"), newest(tmp_path / "parts"))
     weights = rows(tmp_path / "parts", "gradients/weight_unsupervised")
     assert list(weights) == list(range(33, 61, 3)) or method == "supervised"
-    assert (0.5 not in weights.values()) == ("gradients=pareto" in rule or method == "supervised")
+    # a step whose unsupervised gradient vanishes is uniform under pareto too
+    assert (set(weights.values()) != {0.5}) == ("gradients=pareto" in rule or method == "supervised")
     if method == "derprop":
         assert newest(tmp_path / "parts").tensors["method"]["threshold"] != torch.tensor(0.25)
 
