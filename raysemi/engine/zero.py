@@ -93,7 +93,7 @@ class Shards:
         module.student.to(memory_format=torch.contiguous_format)  # as DeepSpeed lays weights out, in flat buffers
         self._blank = _without_weights(module.student) if config.stage == 3 else None
         self._whole: Segmentor | None = None
-        distributed.join_alone()
+        distributed.join_alone(device)
         optimizer.begin(())  # a parameter's state would stay beside that of the shards
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it; the device is the one given below
         self._engine, *_ = self._deepspeed.initialize(
@@ -165,7 +165,7 @@ class Shards:
         if self._config.stage < 3:
             yield student.state_dict()
             return
-        parameters = dict(student.named_parameters())
+        parameters: dict[str, Any] = dict(student.named_parameters())
         for names in _portions({name: p.ds_numel for name, p in parameters.items()}, self._config.bucket):
             with self._gathered(parameters[name] for name in names):
                 yield {name: parameters[name].data for name in names}

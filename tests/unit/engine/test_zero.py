@@ -24,9 +24,9 @@ ZERO = ["train.strategy=deepspeed"]
         ([*ZERO, "train.zero.stage=4"], "train.zero.stage"),
         (
             [*ZERO, "train.zero.stage=0", "train.zero.offload=optimizer"],
-            "train.zero: offload must be none with stage 0",
+            "train.zero.offload must be none with stage 0",
         ),
-        ([*ZERO, "train.zero.offload=all"], "train.zero: offload must be none or optimizer below stage 3"),
+        ([*ZERO, "train.zero.offload=all"], "train.zero.offload must be none or optimizer below stage 3"),
         ([*ZERO, "train.zero.stage=3", "gradients=pareto"], "gradients.name must be uniform or fixed with train.zero"),
         (
             [*ZERO, "train.zero.stage=3", "gradients.measure_every=5"],
