@@ -7,6 +7,7 @@ the gradient rule wants each side's gradient by itself, it takes them out of the
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
@@ -127,11 +128,12 @@ class StepBuffers:
     def __init__(self, module: StepModule, across: AcrossRanks, teacher: nn.Module | None = None) -> None:
         self._across = across
         networks = [module.student] if teacher is None else [module.student, teacher]
-        self._statistics = [buffer for network in networks for buffer in _running_statistics(network)]
+        statistics = [buffer for network in networks for buffer in running_statistics(network)]
+        self._apart = [buffer for network in networks for buffer in running_statistics(network, equal=False)]
         # large memories note by themselves what a step overwrites; the rest is small and copied
         self._rings = [part for part in module.method.modules() if isinstance(part, Rings)]
         noted = {id(rings.rows_TX) for rings in self._rings}
-        self._kept = [*self._statistics, *(b for b in module.method.buffers() if id(b) not in noted)]
+        self._kept = [*statistics, *(b for b in module.method.buffers() if id(b) not in noted)]
         self._before: list[Tensor] | None = None
         self._broken: Tensor | None = None
 
@@ -151,8 +153,8 @@ class StepBuffers:
     def settle(self) -> Tensor:
         """Makes the ranks one again, in a single small collective, and judges the step.
 
-        BatchNorm's running statistics become their mean over ranks (on CPUs each rank normalises by its own share;
-        on GPUs SyncBatchNorm has made them equal already).
+        BatchNorm's running statistics become their mean over ranks where each rank normalises by its own share, as on
+        CPUs; SyncBatchNorm has made them equal already.
 
         Returns:
             Bool scalar on the device, the same on all ranks: True when the losses are finite everywhere.
@@ -160,11 +162,11 @@ class StepBuffers:
         assert self._broken is not None  # a step has a part
         broken, self._broken = self._broken, None
         if self._across.world > 1:
-            flat = torch.cat([broken, *(buffer.reshape(-1) for buffer in self._statistics)])
+            flat = torch.cat([broken, *(buffer.reshape(-1) for buffer in self._apart)])
             flat = self._across.sum(flat) / self._across.world
             broken, rest = flat[:1], flat[1:]
-            sizes = [buffer.numel() for buffer in self._statistics]
-            for buffer, mean in zip(self._statistics, rest.split(sizes), strict=True):
+            sizes = [buffer.numel() for buffer in self._apart]
+            for buffer, mean in zip(self._apart, rest.split(sizes), strict=True):
                 buffer.copy_(mean.view_as(buffer))
         return broken.reshape(()) == 0
 
@@ -219,8 +221,10 @@ class Replicas:
         self._counted: dict[str, Tensor] = {}
         self._module: nn.Module = module
         if across.world > 1:
-            # Buffers are settled by StepBuffers: averaged, not overwritten by rank 0's.
-            self._module = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+            with warnings.catch_warnings():  # torch 2.15 announces another name, which yet means something else
+                warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+                # Buffers are settled by StepBuffers: averaged, not overwritten by rank 0's.
+                self._module = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def accumulate(self, batch: SemiBatch, context: StepContext, *, last: bool = True) -> SideLosses:
         """Adds a part's gradients to the parameters' `.grad`; with the last, they are averaged over ranks."""
@@ -268,9 +272,11 @@ def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextMan
     return torch.autocast(device.type, precision, enabled=precision != torch.float32)
 
 
-def _running_statistics(network: nn.Module) -> Iterator[Tensor]:
+def running_statistics(network: nn.Module, *, equal: bool = True) -> Iterator[Tensor]:
+    """BatchNorm's; without `equal`, only those that are not the same on all ranks by themselves."""
     for module in network.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+        shared = isinstance(module, nn.SyncBatchNorm) and not equal
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None and not shared:
             assert module.running_var is not None  # torch makes both or neither
             yield module.running_mean
             yield module.running_var
