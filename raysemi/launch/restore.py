@@ -145,6 +145,8 @@ MAY_CHANGE = (
     "train.log_every",
     "train.checkpoint_every",
     "train.keep",
+    "train.strategy",
+    "train.zero.",
     "eval.",
     "data.on_corrupt",
     "data.corrupt_limit",
