@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 
 from raysemi import config_io
-from raysemi.bench import memory
+from raysemi.engine import memory
 from raysemi.bench.grid import Cell, GridRun
 from raysemi.bench.step import passes_of_a_step
 from raysemi.config import RunConfig

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from raysemi import config_io
-from raysemi.bench import memory
+from raysemi.engine import memory
 from raysemi.bench.passes import Floor, Pass, record
 from raysemi.config import RunConfig
 from raysemi.data.loader import Stream

@@ -20,7 +20,7 @@ from raysemi.data.types import SemiBatch, StrongViews
 from raysemi.methods.weighting import NoWeighting, Weighting
 from raysemi.models.segmentor import Channels, Segmentor
 from raysemi.ops import draws
-from raysemi.ops.losses import Objective
+from raysemi.ops.losses import Criterion, Objective, labeled_normaliser, num_pixels
 
 
 class AcrossRanks(Protocol):
@@ -178,6 +178,9 @@ class Method(nn.Module, ABC):
     """True when its pseudo-labeled pixels may be weighted: it asks `self.weighting`."""
     trains_teacher_statistics: bool = False
     """True when it makes passes with the averaged copy in train mode, as `average.buffers: own` needs."""
+    whole_step: str = ""
+    """What of it belongs to the whole step in so many parts that a share of a rank is not split into micro-batches;
+    empty = it is."""
     unlabeled_optional: bool = False
     """True when the method also trains without an unlabeled pool; its batches then have U = 0."""
 
@@ -208,9 +211,35 @@ class Method(nn.Module, ABC):
         """
         return 0.0
 
+    def normalisers(self, batch: SemiBatch, context: StepContext) -> dict[str, Tensor] | None:
+        """What `objectives` divides each term by on this share, where the data alone says it: no network is asked.
+
+        With it, micro-batches (`train.micro_batch`) need no pass before the one that trains. The same names in the same
+        order, the same sums over ranks in the same order; None where predictions decide.
+        """
+        return None
+
     @abstractmethod
     def objectives(self, batch: SemiBatch, context: StepContext) -> dict[str, Objective]:
         """The terms of the loss, by name, on this rank's share; the same names on all ranks. Never calls backward."""
+
+
+def counted_pixels(
+    method: Method, criterion: Criterion, batch: SemiBatch, context: StepContext, unlabeled: dict[str, Tensor]
+) -> dict[str, Tensor] | None:
+    """`Method.normalisers` of a term `supervised` and of terms that divide by the number of some unlabeled pixels.
+
+    Args:
+        method: its weights, if there are some, come from predictions.
+        criterion: of the labeled images.
+        batch: this share.
+        context: the step.
+        unlabeled: the pixels of each further term, bool.
+    """
+    labeled = labeled_normaliser(criterion, batch.label_LHW, context.student.num_classes, context.across)
+    if labeled is None or method.weighting.predicts:
+        return None
+    return {"supervised": labeled, **{name: num_pixels(chosen_UHW) for name, chosen_UHW in unlabeled.items()}}
 
 
 @contextmanager
