@@ -9,8 +9,6 @@ from pathlib import Path
 
 import torch
 
-from raysemi.errors import OutOfMemory
-
 _SIGNS = (
     "DefaultCPUAllocator",
     "bad_alloc",
@@ -47,9 +45,8 @@ def total_bytes(device: torch.device) -> int:
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     if soft != resource.RLIM_INFINITY:
         limits.append(soft)
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        if Path(file).is_file() and (text := Path(file).read_text().strip()).isdigit():
-            limits.append(int(text))
+    files = map(Path, ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+    limits += [int(text) for file in files if file.is_file() and (text := file.read_text().strip()).isdigit()]
     return min(limits)
 
 
@@ -58,27 +55,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
-
-
-def out_of_memory(rank: int, step: int, device: torch.device, smaller: int | None) -> OutOfMemory:
-    """The line that ends a run whose step does not fit.
-
-    Args:
-        rank: whose memory it was.
-        step: the step that was being made, from 0.
-        device: of the rank.
-        smaller: a `train.micro_batch` that gives the same steps in smaller passes; None = there is none.
-    """
-    way = (
-        "Use a smaller data.crop, more ranks or a smaller train.batch: no smaller train.micro_batch gives the same steps"
-        if smaller is None
-        else f"Set train.micro_batch={smaller}: the same steps in smaller passes"
-    )
-    return OutOfMemory(
-        f"memory of rank {rank} must hold a step; got no more than {gib(total_bytes(device))} on {device}, "
-        f"{gib(peak_bytes(device))} taken at most, in step {step + 1}. {way}. The same command goes on from the last "
-        "checkpoint."
-    )
 
 
 def gib(number: float) -> str:

@@ -111,6 +111,9 @@ class StepContext:
     """What stands for the papers' epoch, in steps (`train.period`)."""
     seed: int
     across: AcrossRanks
+    """The ranks; where a share is passed in micro-batches, each of these is a rank."""
+    parts: int = 1
+    """Micro-batches of a rank's share (`train.micro_batch`)."""
     listener: Callable[[str, Tensor], None] | None = None
 
     def observe(self, name: str, value: Tensor) -> None:
@@ -178,9 +181,6 @@ class Method(nn.Module, ABC):
     """True when its pseudo-labeled pixels may be weighted: it asks `self.weighting`."""
     trains_teacher_statistics: bool = False
     """True when it makes passes with the averaged copy in train mode, as `average.buffers: own` needs."""
-    whole_step: str = ""
-    """What of it belongs to the whole step in so many parts that a share of a rank is not split into micro-batches;
-    empty = it is."""
     unlabeled_optional: bool = False
     """True when the method also trains without an unlabeled pool; its batches then have U = 0."""
 
