@@ -20,6 +20,8 @@ from raysemi.engine.evaluate import EvalConfig
 from raysemi.engine.gradients import GradientsConfig
 from raysemi.engine.optim import OptimConfig
 from raysemi.engine.trainer import TrainConfig
+from raysemi.engine.zero import missing
+from raysemi.engine.zero_config import ZeroConfig
 from raysemi.errors import ConfigError
 from raysemi.methods import METHODS
 from raysemi.methods.weighting import NoWeightingConfig, WeightingConfig
@@ -122,10 +124,12 @@ def check_world(config: RunConfig, world: int, *, gpu: bool = False) -> None:
         gpu: each has a GPU; then BatchNorm is one over several ranks.
 
     Raises:
-        ConfigError: a batch cannot be divided or leaves too few images, micro-batches would change the steps, or the
-            strategy is for one rank.
+        ConfigError: a batch cannot be divided or leaves too few images, micro-batches would change the steps, the
+            strategy is for one rank, or it needs DeepSpeed, which is not installed.
     """
     faults = list(spread_of(config, world, gpu=gpu).faults())
+    if config.train.strategy == "deepspeed" and (fault := missing()):
+        faults.append(fault)
     if faults:
         raise ConfigError(faults)
 
@@ -250,6 +254,34 @@ def _two_sides(gradients: GradientsConfig, method: Any, data: DataConfig) -> Ite
         yield f"gradients.measure_every must be 0, {one}; got {gradients.measure_every}. Set it to 0, or {way}."
 
 
+def _zero_fits(train: TrainConfig, gradients: GradientsConfig) -> Iterator[str]:
+    if train.strategy != "deepspeed":
+        if train.zero != ZeroConfig():
+            yield (
+                f"train.strategy must be deepspeed with settings of train.zero; got {train.strategy}. Set it to "
+                "deepspeed, or remove train.zero."
+            )
+        return
+    if train.zero.stage < 3:
+        return
+    both = "since its weights are gone when the second side's gradient asks for them"
+    if gradients.name == "pareto":
+        yield (
+            f"gradients.name must be uniform or fixed with train.zero.stage=3, {both}; got pareto. Set "
+            "train.zero.stage=2, which spreads everything but the weights themselves."
+        )
+    if gradients.measure_every:
+        yield (
+            f"gradients.measure_every must be 0 with train.zero.stage=3, {both}; got {gradients.measure_every}. Set it "
+            "to 0, or train.zero.stage to 2."
+        )
+    if train.compile:
+        yield (
+            "train.compile must be false with train.zero.stage=3, whose layers fetch their weights while they run; got "
+            "true. Set it to false, or train.zero.stage to 2."
+        )
+
+
 def _ranks_fit(
     train: TrainConfig, method: Any, data: DataConfig, model: ModelConfig, ray: RayConfig | Literal["none"]
 ) -> Iterator[str]:
@@ -276,6 +308,7 @@ def _secrets(path: str, value: Any) -> Iterator[str]:
 
 _RULES = (
     *(_stop_within_steps, _pools_are_named, _teacher_has_statistics, _may_be_weighted, _two_sides, _ranks_fit),
+    _zero_fits,
     *(_crop_holds_whole_patches, _window_holds_whole_patches, _auxiliary_has_a_map, _correlation_has_a_map),
     _mixture_fits_batch,
 )

@@ -65,6 +65,13 @@ def join(timeout_s: float = 1800.0) -> AcrossRanks:
     return ProcessGroup() if dist.is_initialized() else SingleRank()
 
 
+def join_alone() -> None:
+    """Makes a process group of this process alone, for a library that cannot do without one; none if there is one."""
+    if not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
 def start_average(value: Tensor, across: AcrossRanks) -> Callable[[], object]:
     """Begins to replace a contiguous tensor by its mean over ranks; what is returned waits for it (on CUDA, the device
     waits and the host does not)."""

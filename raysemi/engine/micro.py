@@ -9,8 +9,8 @@ are made without gradient, one more than the method makes collectives, and leave
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from raysemi.data.types import SemiBatch
 from raysemi.engine.gradients import stacked_normalisers
-from raysemi.engine.strategy import StepBuffers, StepModule, autocast
+from raysemi.engine.strategy import StepBuffers, StepModule, Strategy, autocast
 from raysemi.methods.base import AcrossRanks, StepContext
+from raysemi.models.segmentor import Segmentor
 
 _Kind = Literal["sum", "max", "gather"]
 
@@ -86,28 +87,28 @@ class MicroBatches:
 
     Args:
         module: student and method.
+        strategy: has the student's weights.
         across: the ranks.
         device: this rank's device.
         precision: autocast type.
         teacher: a network whose BatchNorm statistics the method's own passes move, besides the student's.
-        whole: within it the student may be used for passes (`Strategy.whole`).
     """
 
     def __init__(
         self,
         module: StepModule,
+        strategy: Strategy,
         across: AcrossRanks,
         device: torch.device,
         *,
         precision: torch.dtype,
         teacher: nn.Module | None,
-        whole: Callable[[], AbstractContextManager[object]],
     ) -> None:
         self._method = module.method
+        self._strategy = strategy
         self._across = across
         self._device = device
         self._precision = precision
-        self._whole = whole
         self._buffers = StepBuffers(module, across, teacher)
         self._never = torch.zeros((), dtype=torch.bool, device=device)
 
@@ -122,36 +123,41 @@ class MicroBatches:
         if len(parts) == 1:
             return [context]
         known: list[_Answer] = []
+        with ExitStack() as passes:
+            student: Segmentor | None = None
+            while True:
+                asked: list[_Asked] = []
+                counts: list[Tensor] = []
+                for part, its in zip(parts, self._contexts(context, len(parts), known), strict=True):
+                    its = replace(its, listener=None)
+                    try:
+                        if (found := self._method.normalisers(part, its)) is None:
+                            if student is None:
+                                passes.enter_context(self._strategy.whole())
+                                student = self._strategy.student
+                            found = self._passed(part, replace(its, student=student))
+                        counts.append(stacked_normalisers(list(found.values())))
+                    except _Asked as question:
+                        asked.append(question)
+                if not asked:
+                    break
+                known.append(self._join(asked[0].kind, [question.value for question in asked]))
+        known.append(self._join("sum", counts))
+        return self._contexts(context, len(parts), known)
 
-        def contexts() -> list[StepContext]:
-            ranks = [MicroRank(self._across, part, len(parts), known) for part in range(len(parts))]
-            return [replace(context, across=rank, parts=len(parts)) for rank in ranks]
+    def _contexts(self, context: StepContext, parts: int, known: Sequence[_Answer]) -> list[StepContext]:
+        ranks = [MicroRank(self._across, part, parts, known) for part in range(parts)]
+        return [replace(context, across=rank, parts=parts) for rank in ranks]
 
-        while True:
-            asked: list[_Asked] = []
-            counts: list[Tensor] = []
-            for part, its in zip(parts, contexts(), strict=True):
-                try:
-                    counts.append(self._count(part, replace(its, listener=None)))
-                except _Asked as question:
-                    asked.append(question)
-            if not asked:
-                known.append(self._join("sum", counts))
-                return contexts()
-            known.append(self._join(asked[0].kind, [question.value for question in asked]))
-
-    def _count(self, part: SemiBatch, context: StepContext) -> Tensor:
-        """Normalisers of the objectives on a part."""
-        found = self._method.normalisers(part, context)
-        if found is None:
-            self._buffers.begin()
-            try:
-                with self._whole(), autocast(self._device, self._precision):
-                    objectives = self._method.objectives(part, context)
-            finally:
-                self._buffers.end(self._never)
-            found = {name: objective.normaliser for name, objective in objectives.items()}
-        return stacked_normalisers(list(found.values()))
+    def _passed(self, part: SemiBatch, context: StepContext) -> dict[str, Tensor]:
+        """Normalisers of the objectives, from a pass without gradient and trace."""
+        self._buffers.begin()
+        try:
+            with autocast(self._device, self._precision):
+                objectives = self._method.objectives(part, context)
+        finally:
+            self._buffers.end(self._never)
+        return {name: objective.normaliser for name, objective in objectives.items()}
 
     def _join(self, kind: _Kind, values: Sequence[Tensor]) -> _Answer:
         """One collective of the ranks for all of their parts."""

@@ -157,6 +157,12 @@ class StepBuffers:
             rings.restore(torch.zeros_like(rings.inserted_K[0], dtype=torch.bool))
             rings.begin()
 
+    @property
+    def broken(self) -> Tensor:
+        """Whether a part of this step has had a loss that is not finite, on this rank: bool [1]."""
+        assert self._broken is not None  # a part has been noted
+        return self._broken > 0
+
     def note(self, loss: Tensor) -> None:
         """Adds to the step's judgement that a part's loss is, or is not, finite."""
         broken = (~torch.isfinite(loss.detach())).to(torch.float32).reshape(1)

@@ -25,6 +25,8 @@ from raysemi.engine.optim import OptimConfig, Optimizer
 from raysemi.engine.record import Meter, Samples
 from raysemi.engine.strategy import Replicas, StepModule, Strategy, synchronise_batch_norm
 from raysemi.engine.teacher import AveragedCopy
+from raysemi.engine.zero import Shards
+from raysemi.engine.zero_config import ZeroConfig
 from raysemi.methods.base import AcrossRanks, Method, StepContext
 from raysemi.models.segmentor import Segmentor
 
@@ -65,8 +67,10 @@ class TrainConfig(Config):
     short run from few labels, rare classes would else be taught away before the labels have taught them."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Autocast: auto is bf16 on CUDA and fp32 elsewhere."""
-    strategy: Literal["auto", "single", "ddp"] = "auto"
-    """auto: ddp on several ranks, single on one."""
+    strategy: Literal["auto", "single", "ddp", "deepspeed"] = "auto"
+    """auto: ddp on several ranks, single on one. deepspeed: ZeRO, for networks that are too large for ddp."""
+    zero: ZeroConfig = ZeroConfig()
+    """What deepspeed spreads over ranks."""
     channels_last: bool = True
     """Memory layout of images and weights; faster for convolutions on CPUs and recent GPUs."""
     compile: bool = False
@@ -168,13 +172,12 @@ class Trainer:
         gradients = gradients.model_copy(update={"warmup": max(gradients.warmup, ramps)})
         self.rule = GradientRule(gradients, self.optimizer.rates, across, self._samples.add)
         teacher = self.average.model if self.average is not None and average.buffers == "own" else None
-        self.strategy: Strategy = Replicas(
+        spread = functools.partial(Shards, config=config.zero) if config.strategy == "deepspeed" else Replicas
+        self.strategy: Strategy = spread(
             module, self.optimizer, across, device, self.rule,
             precision=self.precision, max_grad_norm=config.max_grad_norm, teacher=teacher,
         )  # fmt: skip
-        self.micro = MicroBatches(
-            module, across, device, precision=self.precision, teacher=teacher, whole=self.strategy.whole
-        )
+        self.micro = MicroBatches(module, self.strategy, across, device, precision=self.precision, teacher=teacher)
 
     @property
     def student(self) -> Segmentor:

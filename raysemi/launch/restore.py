@@ -147,6 +147,8 @@ MAY_CHANGE = (
     "train.checkpoint_every",
     "train.keep",
     "train.micro_batch",
+    "train.strategy",
+    "train.zero.",
     "eval.",
     "data.on_corrupt",
     "data.corrupt_limit",

@@ -215,7 +215,7 @@ class Method(nn.Module, ABC):
         """What `objectives` divides each term by on this share, where the data alone says it: no network is asked.
 
         With it, micro-batches (`train.micro_batch`) need no pass before the one that trains. The same names in the same
-        order, the same sums over ranks in the same order; None where predictions decide.
+        order, the same sums over ranks in the same order; None, before any sum, where predictions decide.
         """
         return None
 
@@ -236,9 +236,9 @@ def counted_pixels(
         context: the step.
         unlabeled: the pixels of each further term, bool.
     """
-    labeled = labeled_normaliser(criterion, batch.label_LHW, context.student.num_classes, context.across)
-    if labeled is None or method.weighting.predicts:
+    if method.weighting.predicts or criterion.name == "ohem":
         return None
+    labeled = labeled_normaliser(criterion, batch.label_LHW, context.student.num_classes, context.across)
     return {"supervised": labeled, **{name: num_pixels(chosen_UHW) for name, chosen_UHW in unlabeled.items()}}
 
 

@@ -256,11 +256,10 @@ def labeled_loss(
     return (loss_BHW * kept_BHW).sum(), _count(kept_BHW, loss_BHW.dtype)
 
 
-def labeled_normaliser(criterion: Criterion, labels_BHW: Tensor, classes: int, across: SumsOverRanks) -> Tensor | None:
-    """What `labeled_loss` divides by, from the labels alone, with the same sums over ranks; None where predictions
-    decide it (ohem)."""
-    if criterion.name == "ohem":
-        return None
+def labeled_normaliser(criterion: Criterion, labels_BHW: Tensor, classes: int, across: SumsOverRanks) -> Tensor:
+    """What `labeled_loss` divides by, from the labels alone, with the same sums over ranks; not for ohem, where
+    predictions decide it."""
+    assert criterion.name != "ohem"
     if criterion.name == "balanced":
         class_balance(labels_BHW, classes, criterion.power, across.sum)
     return num_pixels(labels_BHW != IGNORE)
