@@ -34,3 +34,7 @@ class DataFailure(DataError):
 
 class CheckpointError(RaysemiError, RuntimeError):
     """A checkpoint or a run folder is broken, or does not belong to this run."""
+
+
+class OutOfMemory(RaysemiError, MemoryError):
+    """A step needs more memory than there is; no mistake in a setting, but made again it would fail again."""

@@ -21,14 +21,13 @@ from typing import Any, NamedTuple
 import torch
 
 from raysemi import config_io
-from raysemi.bench import memory
 from raysemi.bench.passes import Floor, Pass, record
 from raysemi.config import RunConfig
 from raysemi.data.loader import Stream
 from raysemi.data.pack import pack
 from raysemi.data.sources.scenes import Scenes
 from raysemi.data.types import HostBatch
-from raysemi.engine import distributed
+from raysemi.engine import distributed, memory
 from raysemi.engine.trainer import Trainer
 from raysemi.launch.restore import build
 from raysemi.methods.base import AcrossRanks, Method, SingleRank

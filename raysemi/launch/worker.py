@@ -29,6 +29,7 @@ from raysemi.engine.record import Record
 from raysemi.engine.trainer import Hooks, Trainer, resolve_period
 from raysemi.errors import CheckpointError
 from raysemi.launch.restore import build, open_pools, refuse_another_run
+from raysemi.launch.room import one_line_without_room, tell_footprint
 from raysemi.methods.base import AcrossRanks
 from raysemi.ops.confusion import iou, mean_iou, pixel_accuracy
 
@@ -81,6 +82,8 @@ class _Run:
         if config.train.steps // period < 10 and across.rank == 0:
             message = "train.steps=%d holds only %d periods of %d steps; ramps and momentum networks want 10 or more"
             _log.warning(message, config.train.steps, config.train.steps // period, period)
+        if across.rank == 0:
+            tell_footprint(config, student, method, across.world, device, joined=self.unlabeled is not None)
         self.trainer = Trainer(
             student, method, config.train, config.optim,
             across=across, device=device, period=period, seed=config.seed, gradients=config.gradients,
@@ -103,7 +106,8 @@ class _Run:
             self._announce_passes()
             with graceful_stop(self.across.world) as should_stop:
                 hooks = Hooks(self._log_training, self._evaluate, self._save, should_stop, self._sample)
-                finished = trainer.fit(self._stream(trainer.step, until), hooks, config.eval.every)
+                with one_line_without_room(config, self.across, trainer.device, lambda: f"step {trainer.step + 1}"):
+                    finished = trainer.fit(self._stream(trainer.step, until), hooks, config.eval.every)
             if not finished:
                 raise KeyboardInterrupt
         elif not self.result:
@@ -269,7 +273,9 @@ class _Run:
                 network, self.val, self.config.eval, self.across, trainer.device, precision=trainer.precision
             )
 
-        matrix = measure(trainer.evaluated)
+        way = "Lower eval.batch, or set eval.mode=sliding_window and eval.window"
+        with one_line_without_room(self.config, self.across, trainer.device, lambda: "an evaluation", way):
+            matrix = measure(trainer.evaluated)
         miou = 100.0 * float(mean_iou(matrix))
         per_class = {name: 100.0 * float(value) for name, value in zip(classes, iou(matrix), strict=True)}
         accuracy = 100.0 * float(pixel_accuracy(matrix))
