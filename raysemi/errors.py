@@ -34,3 +34,11 @@ class DataFailure(DataError):
 
 class CheckpointError(RaysemiError, RuntimeError):
     """A checkpoint or a run folder is broken, or does not belong to this run."""
+
+
+class CheckpointFailure(CheckpointError):
+    """Reading or writing a run folder failed for what is no mistake in it (no answer of a store, no permission)."""
+
+
+class NoRoom(CheckpointFailure):
+    """The disk of a run folder is full: trying again would end alike."""

@@ -135,6 +135,21 @@ def open_store(url: str, config: StoreConfig | None = None) -> tuple[fs.FileSyst
     return fs.PyFileSystem(_Store(address, config)), folder
 
 
+def patiently(filesystem: fs.FileSystem, act: Callable[[], Result], path: str) -> Result:
+    """What `act` gives: of a store of `open_store`, tried again with growing pauses until its deadline.
+
+    Args:
+        filesystem: what `act` asks.
+        act: may be done twice: a whole file is written, a folder is removed.
+        path: what it is about, for the texts.
+
+    Raises:
+        OSError: of a local disk at once; of a store FileNotFoundError and PermissionError at once, and TimeoutError.
+    """
+    store = getattr(filesystem, "handler", None)
+    return store.patient(act, path) if isinstance(store, _Store) else act()
+
+
 def _address(url: str, scheme: str, config: StoreConfig) -> tuple[_Address, str]:
     parts = urlsplit(url)
     given = dict(parse_qsl(parts.query))

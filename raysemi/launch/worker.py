@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 import signal
 import threading
 import time
@@ -21,11 +20,13 @@ from raysemi.data.loader import Stream
 from raysemi.data.mixture import passes
 from raysemi.data.reader import Skipped
 from raysemi.data.skips import Skips
-from raysemi.engine import checkpoint, distributed
+from raysemi.data.store import StoreConfig
+from raysemi.engine import checkpoint, distributed, retention
 from raysemi.engine.evaluate import evaluate
 from raysemi.engine.folder import RunFolder
 from raysemi.engine.measure import Look, Panels, PseudoQuality, look, unlabeled_panels, val_panels
 from raysemi.engine.record import Record
+from raysemi.engine.saver import Saver
 from raysemi.engine.trainer import Hooks, Trainer, resolve_period
 from raysemi.errors import CheckpointError
 from raysemi.launch.restore import build, open_pools, refuse_another_run
@@ -67,7 +68,7 @@ class _Run:
         self.config = config
         self.across = across
         self.on_log = on_log
-        self.folder = RunFolder(config.run)
+        self.folder = RunFolder(config.run, StoreConfig(deadline=config.data.store.deadline))
         refuse_another_run(config)
         pools = open_pools(config)
         self.labeled, self.val, self.unlabeled, self.boxes = pools.labeled, pools.val, pools.unlabeled, pools.boxes
@@ -87,6 +88,7 @@ class _Run:
         )  # fmt: skip
         self.seconds = 0.0
         self.record: Record | None = None
+        self._saver: Saver
         self.skips = Skips(config.data.corrupt_limit)
         self.result: dict[str, Any] = {}
         self._clock = time.perf_counter()
@@ -94,14 +96,14 @@ class _Run:
         self._best_miou = float("-inf")
 
     def go(self) -> dict[str, Any]:
-        self._resume()
+        saver = self._saver = self._resume()
         config, trainer = self.config, self.trainer
         until = min(config.train.steps, config.train.stop_at or config.train.steps)
         if self.across.rank == 0:
             self.record = Record(self.folder, trainer.step)
         if trainer.step < until:
             self._announce_passes()
-            with graceful_stop(self.across.world) as should_stop:
+            with graceful_stop(self.across.world) as should_stop, saver:
                 hooks = Hooks(self._log_training, self._evaluate, self._save, should_stop, self._sample)
                 finished = trainer.fit(self._stream(trainer.step, until), hooks, config.eval.every)
             if not finished:
@@ -136,11 +138,11 @@ class _Run:
             skips=self.skips,
         )
 
-    def _resume(self) -> None:
-        """Goes on from the newest whole checkpoint."""
+    def _resume(self) -> Saver:
+        """Goes on from the newest whole checkpoint; what will save the next ones."""
         text = config_io.dump(self.config)
         snapshot, self._snapshot = self._snapshot, None
-        best_miou = checkpoint.best_miou(self.folder)
+        best_miou = retention.best_miou(self.folder)
         self._agree_on(0 if snapshot is None else snapshot.step)
         distributed.barrier(self.across)  # every rank has read the folder before rank 0 writes to it
         if snapshot is not None:
@@ -158,6 +160,7 @@ class _Run:
             _log.info("going on from step %d", self.trainer.step)
         if self.across.rank == 0:
             self.folder.write_bytes("config.yaml", text.encode())
+        return Saver(self.folder, self.across, self.trainer.device, self.config.train.keep)
 
     def _agree_on(self, step: int) -> None:
         """Refuses, on all ranks, that each goes on from another step."""
@@ -212,6 +215,7 @@ class _Run:
 
     def _log_training(self, step: int, metrics: dict[str, float]) -> None:
         """What the trainer has measured, how often the pools have been seen, and how much of them was skipped."""
+        self._saver.check()
         self._agree_on_skips()
         seen = {"data/skipped": float(len(self.skips))} if self.config.data.on_corrupt == "skip" else {}
         for name, found in self._passes(step).items():
@@ -237,12 +241,10 @@ class _Run:
 
     def _save(self, step: int) -> None:
         self._agree_on_skips()
-        snapshot = self.trainer.snapshot()  # of all ranks: each may hold a part of it
-        if self.across.rank != 0:
-            return
         now = time.perf_counter()
         self.seconds += now - self._clock
         self._clock = now
+        snapshot = self.trainer.snapshot()  # of all ranks: each may hold a part of it
         snapshot.state |= {
             "seconds": self.seconds,
             "seed": self.config.seed,
@@ -250,14 +252,12 @@ class _Run:
             "skipped": self.skips.as_rows(),
             "classes": list(self.labeled.classes),
             "palette": [list(colour) for colour in self.labeled.palette],
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }
-        checkpoint.save(self.folder, snapshot)
-        if self._best_step == step:
-            checkpoint.mark_best(self.folder, step, self._best_miou)
-        checkpoint.keep_newest(self.folder, self.config.train.keep, step)
-        assert self.record is not None  # rank 0 has one
-        self.record.flush()
+        if self.record is not None:
+            self.record.flush()  # before the checkpoint: who goes on from it has the numbers up to it
+        self._saver.save(snapshot, self._best_miou if self._best_step == step else None)
+        if self.record is not None:
+            self.record.write(step, {"checkpoint/stopped_s": time.perf_counter() - now})
 
     def _evaluate(self, step: int) -> bool:
         """Measures the averaged network, at the end the student too; True when it is the best so far."""

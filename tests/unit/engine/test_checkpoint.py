@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from raysemi.engine import checkpoint
+from raysemi.engine import checkpoint, retention
 from raysemi.engine.checkpoint import Snapshot
 from raysemi.engine.folder import RunFolder
 from raysemi.errors import CheckpointError
@@ -73,11 +73,11 @@ def test_a_folder_without_manifest_is_no_checkpoint(folder):
 def test_keeps_the_newest_and_the_best_and_sweeps_what_a_killed_writer_left(folder):
     left = Path(folder.path("checkpoints/.writing-x"))
     left.mkdir()
-    checkpoint.mark_best(folder, 10, 41.5)
-    checkpoint.keep_newest(folder, keep=1, newest=30)
+    retention.mark_best(folder, 10, 41.5)
+    retention.keep_newest(folder, keep=1, newest=30)
     assert checkpoint.steps(folder) == [10, 30]
     assert not left.exists()
-    assert checkpoint.best_step(folder) == 10
+    assert retention.best_step(folder) == 10
 
 
 def test_a_broken_checkpoint_does_not_count_among_those_kept(folder):
@@ -85,17 +85,17 @@ def test_a_broken_checkpoint_does_not_count_among_those_kept(folder):
     damage(folder, 30)
     assert checkpoint.load_newest(folder).step == 20
     checkpoint.save(folder, snapshot(25))
-    checkpoint.keep_newest(folder, keep=1, newest=25)
+    retention.keep_newest(folder, keep=1, newest=25)
     assert checkpoint.load_newest(folder).step == 25
     assert checkpoint.steps(folder) == [25]
 
 
 def test_a_broken_best_checkpoint_counts_as_none(folder, caplog):
-    assert checkpoint.best_miou(folder) == float("-inf")
-    checkpoint.mark_best(folder, 20, 41.5)
-    assert checkpoint.best_miou(folder) == 41.5
+    assert retention.best_miou(folder) == float("-inf")
+    retention.mark_best(folder, 20, 41.5)
+    assert retention.best_miou(folder) == 41.5
     damage(folder, 20)
-    assert checkpoint.best_miou(folder) == float("-inf")
+    assert retention.best_miou(folder) == float("-inf")
     assert "chosen anew" in caplog.text
     assert "step-000020" in caplog.text
 
