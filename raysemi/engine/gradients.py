@@ -88,6 +88,11 @@ class SideLosses(NamedTuple):
     values: dict[str, Tensor]
     """Each objective without its weight, detached."""
 
+    def detached(self) -> SideLosses:
+        """The same values without graph."""
+        total, supervised, unsupervised, values = self
+        return SideLosses(total.detach(), supervised.detach(), unsupervised.detach(), values)
+
 
 def join_ranks(objectives: dict[str, Objective], across: AcrossRanks) -> dict[str, Tensor]:
     """Each objective as a loss whose mean over ranks is its global value.
@@ -144,20 +149,24 @@ class BothGradients:
         self._flat_2P: Tensor | None = None
         self._views: list[list[Tensor]] = []
         self._reached: list[list[bool]] = []
+        self._begun = False
         self._aside: dict[int, Tensor] = {}
 
-    def fill(self, losses: SideLosses, *, keep_graph: bool) -> None:
-        """Computes both gradients and averages them over ranks; the parameters' own `.grad` stay as they are.
+    def add(self, losses: SideLosses, *, last: bool = True, keep_graph: bool) -> None:
+        """Adds both gradients of a part of a step, and averages the sums over ranks with the last part.
 
-        A hook that reduces when a parameter's `.grad` is made (DistributedDataParallel) does not fire.
+        The parameters' own `.grad` stay as they are, and a hook that reduces when a `.grad` is made
+        (DistributedDataParallel) does not fire.
 
         Args:
-            losses: of this rank.
+            losses: of this rank, for this part: the step's are the sum over its parts.
+            last: True when the step has no more parts.
             keep_graph: True when another backward follows.
         """
         flat_2P = self._buffer()
         waits: list[Callable[[], object]] = []
-        self._reached = []
+        if not self._begun:
+            self._reached = [[False] * len(self._parameters) for _ in range(2)]
         for row, loss in enumerate((losses.supervised, losses.unsupervised)):
             gradients: tuple[Tensor | None, ...] = (None,) * len(self._parameters)
             if loss.requires_grad:
@@ -165,11 +174,19 @@ class BothGradients:
                     loss, self._parameters, retain_graph=keep_graph or row == 0, allow_unused=True
                 )
             found = [(view, g) for view, g in zip(self._views[row], gradients, strict=True) if g is not None]
-            flat_2P[row].zero_()
+            views, new = [view for view, _ in found], [gradient for _, gradient in found]
+            if not self._begun:
+                flat_2P[row].zero_()
             if found:
-                torch._foreach_copy_([view for view, _ in found], [gradient for _, gradient in found])
-            self._reached.append([gradient is not None for gradient in gradients])
-            waits.append(start_average(flat_2P[row], self._across))  # travels while the other side's is computed
+                (torch._foreach_add_ if self._begun else torch._foreach_copy_)(views, new)
+            self._reached[row] = [
+                before or g is not None for before, g in zip(self._reached[row], gradients, strict=True)
+            ]
+            if last:
+                waits.append(start_average(flat_2P[row], self._across))  # travels while the other side's is computed
+        self._begun = not last
+        if not last:
+            return
         for wait in waits:
             wait()
         # Whom a side reaches is read off the graph of this very step: the same on all ranks, and after a restart.
@@ -245,15 +262,16 @@ class GradientRule:
         """alpha_s, alpha_u and the factor of the step: those of the rule, or of the last computation."""
         self._none = torch.zeros((), device=device)
 
-    def backward(self, losses: SideLosses, step: int) -> dict[str, Tensor]:
-        """Leaves in every parameter the step's gradient, averaged over ranks.
+    def backward(self, losses: SideLosses, step: int, *, last: bool = True) -> dict[str, Tensor]:
+        """Adds the gradients of a part of a step; after the last, every parameter has the step's, averaged over ranks.
 
         Args:
-            losses: of this rank.
+            losses: of this rank, for this part: the step's are the sum over its parts.
             step: global step, from 0.
+            last: True when the step has no more parts.
 
         Returns:
-            Scalars to be averaged over steps: for pareto, how often each guard was at work.
+            Scalars to be averaged over steps, from the last part: for pareto, how often each guard was at work.
         """
         config = self._config
         pareto = config.name == "pareto"
@@ -261,9 +279,12 @@ class GradientRule:
         measure = config.measure_every > 0 and (step + 1) % config.measure_every == 0
         guards = {"fallback": self._none, "capped": self._none}
         if renew or measure:
-            self._both.fill(losses, keep_graph=not renew)
+            self._both.add(losses, last=last, keep_graph=not renew)
+        if (renew or measure) and last:
             plain, rated = self._both.products()
         if renew:
+            if not last:
+                return {}
             found = mix(
                 plain,
                 rated if config.metric == "lr" else None,
@@ -279,9 +300,9 @@ class GradientRule:
             (scale * (alpha_s * losses.supervised + alpha_u * losses.unsupervised)).backward()
         else:
             losses.total.backward()
-        if measure:
+        if measure and last:
             self._measured(step + 1, _described(plain, *(found[:3] if renew else self._present_3.to(plain.ss.dtype))))
-        return {f"gradients/{name}": value for name, value in guards.items()} if pareto else {}
+        return {f"gradients/{name}": value for name, value in guards.items()} if pareto and last else {}
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint needs: the weights that later steps use, if any do."""

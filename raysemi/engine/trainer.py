@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from raysemi.base import Config, choices
 from raysemi.data.types import HostBatch
@@ -138,22 +138,29 @@ class Trainer:
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.precision = resolve_precision(config, device)
         student = synchronise_batch_norm(student, across, device)
-        self.student = student.to(device).to(memory_format=self.memory_format)
+        student = student.to(device).to(memory_format=self.memory_format)
         self.method = method.to(device)
         average = method.average
-        self.average = AveragedCopy(self.student, average, period) if average.kind != "none" else None
+        self.average = AveragedCopy(student, average, period) if average.kind != "none" else None
         if config.compile:
-            for network in (self.student, *([] if self.average is None else [self.average.model])):
+            for network in (student, *([] if self.average is None else [self.average.model])):
                 compile_parts(network)
-        module = StepModule(self.student, self.method, config.rampup * config.steps).train()
-        self.optimizer = Optimizer(self.student, optim, config.steps)
-        self._parameters = list(self.optimizer.names)
+        module = StepModule(student, self.method, config.rampup * config.steps).train()
+        self.optimizer = Optimizer(student, optim, config.steps)
         self._meter, self._samples = Meter(), Samples()
         ramps = math.ceil(max(config.rampup * config.steps, method.ramp_steps(config.steps)))
         gradients = gradients.model_copy(update={"warmup": max(gradients.warmup, ramps)})
         self.rule = GradientRule(gradients, self.optimizer.rates, across, self._samples.add)
         teacher = self.average.model if self.average is not None and average.buffers == "own" else None
-        self.strategy: Strategy = Replicas(module, across, device, self.rule, self.precision, teacher)
+        self.strategy: Strategy = Replicas(
+            module, self.optimizer, across, device, self.rule,
+            precision=self.precision, max_grad_norm=config.max_grad_norm, teacher=teacher,
+        )  # fmt: skip
+
+    @property
+    def student(self) -> Segmentor:
+        """The network that is trained; outside a step, look at it within `strategy.whole()`."""
+        return self.strategy.student
 
     @property
     def evaluated(self) -> Segmentor:
@@ -191,29 +198,19 @@ class Trainer:
                 observed[f"method/{name}"] = value
 
         if self.average is not None:
-            self.average.before_step(self.student, self.step)
-        losses = self.strategy.losses(batch, self.context(listen))
-        counted = self.strategy.backward(losses, self.step)
-        finite = self.strategy.settle(losses.total)
-
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        if self.config.max_grad_norm > 0:
-            nn.utils.clip_grads_with_norm_(self._parameters, self.config.max_grad_norm, norm)
-        finite = finite & torch.isfinite(norm)
-        self.optimizer.step(self.step, finite)
-        self.optimizer.zero_grad()
-        self.strategy.restore(finite)
+            self.average.before_step(self.strategy.parts, self.step)
+        losses = self.strategy.accumulate(batch, self.context(listen))
+        update = self.strategy.update(self.step)
         if self.average is not None:
-            self.average.after_step(self.student, self.step, finite)
-        self.skipped += (~finite).to(self.skipped.dtype)
+            self.average.after_step(self.strategy.parts, self.step, update.finite)
+        self.skipped += (~update.finite).to(self.skipped.dtype)
         self.step += 1
         return {
-            "loss/total": losses.total.detach(),
+            "loss/total": losses.total,
             **{f"loss/{name}": value for name, value in losses.values.items()},
-            "gradient_norm": norm,
+            "gradient_norm": update.norm,
             "skipped_steps": self.skipped,
-            **counted,
+            **update.counted,
             **observed,
         }
 
@@ -245,7 +242,7 @@ class Trainer:
             stopped = hooks.should_stop()
             best = False
             if self.step % eval_every == 0 or self.step == config.steps:
-                with as_written() if config.compile else nullcontext():
+                with self.strategy.whole(), as_written() if config.compile else nullcontext():
                     best = hooks.evaluate(self.step)
                 self._meter.restart_clock()
             if self.step % save_every == 0 or best or stopped:
@@ -265,8 +262,8 @@ class Trainer:
             hooks.sample(step, values)
 
     def snapshot(self) -> Snapshot:
-        """The whole state, for a checkpoint."""
-        tensors = {"student": self.student.state_dict(), "optimizer": self.optimizer.tensors()}
+        """The whole state, for a checkpoint; every rank must ask for it."""
+        tensors = self.strategy.tensors()
         if self.average is not None:
             tensors["teacher"] = self.average.model.state_dict()
         if buffers := self.method.state_dict():
@@ -277,9 +274,8 @@ class Trainer:
         return Snapshot(self.step, tensors, {"average_started": started, "skipped_steps": float(self.skipped)})
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Goes on from a checkpoint of the same config, on any number of ranks."""
-        self.student.load_state_dict(snapshot.tensors["student"])
-        self.optimizer.load_tensors(snapshot.tensors["optimizer"])
+        """Goes on from a checkpoint of the same config, on any number of ranks and by any strategy."""
+        self.strategy.load(snapshot.tensors)
         self.method.load_state_dict(snapshot.tensors.get("method", {}))
         self.rule.load_state(snapshot.tensors.get("gradients", {}))
         if self.average is not None:

@@ -237,12 +237,12 @@ class _Run:
 
     def _save(self, step: int) -> None:
         self._agree_on_skips()
+        snapshot = self.trainer.snapshot()  # of all ranks: each may hold a part of it
         if self.across.rank != 0:
             return
         now = time.perf_counter()
         self.seconds += now - self._clock
         self._clock = now
-        snapshot = self.trainer.snapshot()
         snapshot.state |= {
             "seconds": self.seconds,
             "seed": self.config.seed,
