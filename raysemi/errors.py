@@ -34,3 +34,7 @@ class DataFailure(DataError):
 
 class CheckpointError(RaysemiError, RuntimeError):
     """A checkpoint or a run folder is broken, or does not belong to this run."""
+
+
+class TrainingError(RaysemiError):
+    """A run cannot go on as it is, however often it is begun again from its checkpoint."""

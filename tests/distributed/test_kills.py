@@ -1,4 +1,4 @@
-"""Ranks that are killed: the same command goes on to the same bits. `make soak` has more kill points (tests/soak.py)."""
+"""Ranks that are killed: the same command goes on to the same bits. `make soak` has more kill points."""
 
 from __future__ import annotations
 
