@@ -42,3 +42,7 @@ class CheckpointFailure(CheckpointError):
 
 class NoRoom(CheckpointFailure):
     """The disk of a run folder is full: trying again would end alike."""
+
+
+class TrainingError(RaysemiError):
+    """A run cannot go on as it is, however often it is begun again from its checkpoint."""

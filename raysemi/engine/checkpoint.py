@@ -118,7 +118,7 @@ def write_share(folder: RunFolder, place: str, share: Snapshot, rank: int = 0, w
 
     def write(name: str, content: bytes, tensors: int = 0) -> None:
         digest = hashlib.sha256(content).hexdigest()
-        folder.write_bytes(f"{place}/{name}", content)
+        folder.write_bytes(f"{place}/{name}", content, sync=True)
         files[name] = {"bytes": len(content), "sha256": digest, "tensors": tensors}
 
     for group in list(groups):
@@ -159,7 +159,7 @@ def commit(folder: RunFolder, place: str, step: int, world: int, files: Files) -
             "is not to be seen. Give a shared folder or an object store."
         )
     about = {"format": FORMAT, "step": step, "world": world, "versions": _versions(), "files": files}
-    folder.write_bytes(f"{place}/{MANIFEST}", json.dumps(about, indent=1).encode())
+    folder.write_bytes(f"{place}/{MANIFEST}", json.dumps(about, indent=1).encode(), sync=True)
     for other in found.keys() - files.keys() - {MANIFEST}:  # notes of ranks; in a store, what a broken one left there
         folder.remove(f"{place}/{other}")
     if place != name:

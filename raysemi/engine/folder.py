@@ -82,8 +82,13 @@ class RunFolder:
         with self._reading(name), self._fs.open_input_file(self.path(name)) as file:
             return bytes(file.read())
 
-    def write_bytes(self, name: str, content: bytes) -> None:
+    def write_bytes(self, name: str, content: bytes, *, sync: bool = False) -> None:
         """Writes a file: on a disk beside its place, then moved there (a store shows an object when it is whole).
+
+        Args:
+            name: of the file.
+            content: of the file.
+            sync: wait until the disk has it, so that a power cut leaves no name without its bytes.
 
         Raises:
             NoRoom: the disk is full; what stood there before still does.
@@ -91,7 +96,7 @@ class RunFolder:
         """
         with self._writing():
             if self.is_local:
-                _write_file(Path(self.path(name)), content)
+                _write_file(Path(self.path(name)), content, sync)
             else:
                 patiently(self._fs, lambda: self._put(name, content), self.path(name))
 
@@ -149,14 +154,15 @@ class RunFolder:
             raise CheckpointFailure(f"{self.location} must be writable. {error}") from error
 
 
-def _write_file(path: Path, content: bytes) -> None:
+def _write_file(path: Path, content: bytes, sync: bool) -> None:
     beside = path.with_name(f"{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with beside.open("wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut could leave the new name without the new bytes
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         beside.replace(path)
     except OSError:
         beside.unlink(missing_ok=True)

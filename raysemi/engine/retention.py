@@ -85,4 +85,4 @@ def best_miou(folder: RunFolder) -> float:
 
 def mark_best(folder: RunFolder, step: int, miou: float) -> None:
     """Records which checkpoint is the best, with its mIoU in percent."""
-    folder.write_bytes(BEST, json.dumps({"step": step, "miou": miou}).encode())
+    folder.write_bytes(BEST, json.dumps({"step": step, "miou": miou}).encode(), sync=True)

@@ -150,8 +150,8 @@ class Saver:
         if kind is None:
             self.wait()
         elif self._job is not None:
+            self._job.join(_LEFT_S)  # where all ranks end alike, the others are writing too
             self._job.stop.set()
-            self._job.join(_LEFT_S)
 
 
 class _Job(threading.Thread):

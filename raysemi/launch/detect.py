@@ -29,7 +29,8 @@ from raysemi.engine.measure_boxes import BoxCounts
 from raysemi.engine.record import Record
 from raysemi.errors import CheckpointError, ConfigError
 from raysemi.launch.restore import MAY_CHANGE, Trained, load_network, open_pool
-from raysemi.launch.worker import OnLog, graceful_stop
+from raysemi.launch.stop import graceful_stop
+from raysemi.launch.worker import OnLog
 from raysemi.models.detector import Detections, Detector, build_detector
 
 Progress = Callable[[int, int], None]
