@@ -16,6 +16,7 @@ import platform
 import re
 import secrets
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -195,11 +196,10 @@ def save(folder: RunFolder, snapshot: Snapshot) -> str:
 
 
 def discard(folder: RunFolder, place: str) -> None:
-    """Removes what was written of a checkpoint that failed, as far as that can be done."""
-    try:
-        folder.remove(place)
-    except CheckpointError as error:
-        _log.debug("%s", error)
+    """Removes from a disk what was written of a checkpoint that failed; in a store, the next start sweeps it."""
+    if folder.is_local:
+        with suppress(CheckpointError):
+            folder.remove(place)
 
 
 # --- Reading

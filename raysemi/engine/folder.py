@@ -98,11 +98,7 @@ class RunFolder:
             if self.is_local:
                 _write_file(Path(self.path(name)), content, sync)
             else:
-                patiently(self._fs, lambda: self._put(name, content), self.path(name))
-
-    def _put(self, name: str, content: bytes) -> None:
-        with self._fs.open_output_stream(self.path(name), compression=None) as file:
-            file.write(content)
+                patiently(self._fs, lambda store: _put(store, self.path(name), content), self.path(name))
 
     def make(self, name: str) -> None:
         """Makes a folder; a store has none to make."""
@@ -113,14 +109,7 @@ class RunFolder:
     def remove(self, name: str) -> None:
         """Removes a folder and all below it, or a file; nothing when it is not there."""
         with self._writing():
-            patiently(self._fs, lambda: self._remove(self.path(name)), self.path(name))
-
-    def _remove(self, path: str) -> None:
-        kind = self._fs.get_file_info(path).type
-        if kind == fs.FileType.Directory:
-            self._fs.delete_dir(path)
-        elif kind == fs.FileType.File:
-            self._fs.delete_file(path)
+            patiently(self._fs, lambda store: _remove(store, self.path(name)), self.path(name))
 
     def rename(self, name: str, new: str) -> None:
         """Makes a folder on a disk appear under another name, in place of what stood there."""
@@ -152,6 +141,19 @@ class RunFolder:
                     "again: it continues from the last complete checkpoint."
                 ) from error
             raise CheckpointFailure(f"{self.location} must be writable. {error}") from error
+
+
+def _put(store: fs.FileSystem, path: str, content: bytes) -> None:
+    with store.open_output_stream(path, compression=None) as file:
+        file.write(content)
+
+
+def _remove(store: fs.FileSystem, path: str) -> None:
+    kind = store.get_file_info(path).type
+    if kind == fs.FileType.Directory:
+        store.delete_dir(path)
+    elif kind == fs.FileType.File:
+        store.delete_file(path)
 
 
 def _write_file(path: Path, content: bytes, sync: bool) -> None:

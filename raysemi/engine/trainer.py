@@ -293,7 +293,7 @@ class Trainer:
 
     def snapshot(self) -> Snapshot:
         """The whole state, for a checkpoint; every rank must ask for it."""
-        tensors = self.strategy.tensors()
+        tensors = dict(self.strategy.tensors())
         if self.average is not None:
             tensors["teacher"] = self.average.model.state_dict()
         if buffers := self.method.state_dict():
