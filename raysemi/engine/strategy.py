@@ -110,11 +110,15 @@ class Strategy(Protocol):
         """Within it `student` has whole weights, and using it, as often as each rank likes, joins no other rank."""
         ...
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """State of `student` and `optimizer` (`parameter name/state name`), whole and in fp32, for any strategy."""
+    def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """State of `student` and `optimizer` (`parameter name/state name`), whole and in fp32, for any strategy.
+
+        Each rank reads every item once, in the mappings' order, and keeps only its share: a tensor that no rank has
+        whole may be gathered when it is read.
+        """
         ...
 
-    def load(self, tensors: Mapping[str, dict[str, Tensor]]) -> None:
+    def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Restores what the `tensors` of any strategy, at any number of ranks, gave."""
         ...
 
@@ -287,7 +291,7 @@ class Replicas:
         """State of student and optimizer: the tensors themselves, not copies."""
         return {"student": self.student.state_dict(), "optimizer": self._optimizer.tensors()}
 
-    def load(self, tensors: Mapping[str, dict[str, Tensor]]) -> None:
+    def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Restores what the `tensors` of any strategy gave."""
         self.student.load_state_dict(tensors["student"])
         self._optimizer.load_tensors(tensors["optimizer"])
