@@ -10,7 +10,7 @@ gradients: a mean of the ranks' own weights, or of what each would have combined
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Annotated, Literal, NamedTuple, Protocol
 
@@ -93,25 +93,38 @@ class SideLosses(NamedTuple):
         total, supervised, unsupervised, values = self
         return SideLosses(total.detach(), supervised.detach(), unsupervised.detach(), values)
 
+    def plus(self, other: SideLosses) -> SideLosses:
+        """The losses of two parts of a step together."""
+        values = {name: value + other.values[name] for name, value in self.values.items()}
+        total, supervised, unsupervised = (mine + theirs for mine, theirs in zip(self[:3], other[:3], strict=True))
+        return SideLosses(total, supervised, unsupervised, values)
 
-def join_ranks(objectives: dict[str, Objective], across: AcrossRanks) -> dict[str, Tensor]:
-    """Each objective as a loss whose mean over ranks is its global value.
+
+def join_ranks(objectives: dict[str, Objective], across: AcrossRanks, parts: int = 1) -> dict[str, Tensor]:
+    """Each objective as a loss whose mean over ranks, of the sum over each rank's micro-batches, is its global value.
 
     Args:
-        objectives: this rank's sums and normalisers; the same names in the same order on every rank.
+        objectives: sums and normalisers of a rank's share, or of a micro-batch; the same names in the same order on
+            every rank.
         across: sums over ranks; one collective for all normalisers.
+        parts: micro-batches of a rank's share, each of which is a rank to `across`.
 
     Returns:
-        name -> total * world / max(sum over ranks of normaliser, 1), with gradient, without the objective's weight.
+        name -> total * ranks / max(sum over ranks of normaliser, 1), with gradient, without the objective's weight.
     """
-    device = next(iter(objectives.values())).normaliser.device
-    wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no fp64
-    normalisers = across.sum(torch.stack([o.normaliser.detach().to(wide) for o in objectives.values()]))
+    ranks = across.world // parts
+    normalisers = across.sum(stacked_normalisers([objective.normaliser for objective in objectives.values()]))
     normalisers = normalisers.clamp(min=1.0).to(torch.float32)
     return {
-        name: objective.total.float() * across.world / normaliser
+        name: objective.total.float() * ranks / normaliser
         for (name, objective), normaliser in zip(objectives.items(), normalisers.unbind(), strict=True)
     }
+
+
+def stacked_normalisers(normalisers: Sequence[Tensor]) -> Tensor:
+    """What ranks add up: one tensor, in which counts of pixels are exact."""
+    wide = torch.float32 if normalisers[0].device.type == "mps" else torch.float64  # MPS has no fp64
+    return torch.stack([normaliser.detach().to(wide) for normaliser in normalisers])
 
 
 def uniform_loss(objectives: dict[str, Objective], losses: dict[str, Tensor], unsupervised: float = 1.0) -> Tensor:

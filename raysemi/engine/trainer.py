@@ -17,15 +17,19 @@ from torch import Tensor
 from raysemi.base import Config, choices
 from raysemi.data.types import HostBatch
 from raysemi.data.views import on_device
+from raysemi.engine import distributed
 from raysemi.engine.checkpoint import Snapshot
 from raysemi.engine.compiled import as_written, compile_parts
-from raysemi.engine.gradients import GradientRule, GradientsConfig
+from raysemi.engine.gradients import GradientRule, GradientsConfig, SideLosses
+from raysemi.engine.guards import GuardsConfig, SkippedSteps
+from raysemi.engine.micro import MicroBatches
 from raysemi.engine.optim import OptimConfig, Optimizer
 from raysemi.engine.record import Meter, Samples
 from raysemi.engine.strategy import Replicas, StepModule, Strategy, synchronise_batch_norm
 from raysemi.engine.teacher import AveragedCopy
 from raysemi.engine.zero import Shards
 from raysemi.engine.zero_config import ZeroConfig
+from raysemi.errors import TrainingError
 from raysemi.methods.base import AcrossRanks, Method, StepContext
 from raysemi.models.segmentor import Segmentor
 
@@ -50,6 +54,15 @@ class TrainConfig(Config):
     """Ends cleanly with a checkpoint at this step; the same command without it goes on."""
     batch: BatchConfig = BatchConfig()
     """Global batch."""
+    micro_batch: int | None = Field(None, ge=1, json_schema_extra={"unit": "images"})
+    """Unlabeled images (of methods without: labeled ones) that a rank passes at once; null, or as many as its share of
+    the batch: the share at once. Fewer take less memory and more time, and give the same steps: same batch, learning
+    rate, data and draws, same gradient but for rounding. It divides the share; the labeled images are split into as
+    many parts, and images that are mixed with each other stay in one. What a method asks of the whole step (thresholds,
+    memories, weighting=rank, ohem) is found in passes without gradient before: a half to a whole step's time more, and
+    three or four times for ael and u2pl. BatchNorm in train mode (not model.batch_norm=frozen) normalises each part by
+    itself, as a rank of its own would: fewer images share statistics, and the numbers are those of as many ranks on
+    CPUs."""
     period: int | None = Field(None, ge=1)
     """Steps that stand for the papers' epoch; None = one pass over the unlabeled pool, at most a 20th of the run."""
     rampup: float = Field(0.0, ge=0.0, le=1.0, json_schema_extra=choices([0.0, 0.25, 0.5]))
@@ -75,6 +88,19 @@ class TrainConfig(Config):
     """Steps between two checkpoints; None = a tenth of the run."""
     keep: int = Field(2, ge=1)
     """Newest checkpoints that are kept, beside the best."""
+    skip_limit: int = Field(25, ge=0)
+    """Steps of the whole run that may be skipped since a loss or gradient is not finite; with one more the run ends,
+    with a checkpoint."""
+    hang_after_s: float = Field(1200.0, gt=0.0)
+    """Seconds without a finished step, evaluated image or checkpoint after which a rank writes where each of its
+    threads stands (RUN/stacks) and ends."""
+    guards: GuardsConfig = GuardsConfig()
+    """Warnings of a collapse."""
+
+    def parts(self, labeled: int, unlabeled: int) -> int:
+        """Micro-batches of a rank's share of so many images."""
+        share = unlabeled or labeled
+        return 1 if self.micro_batch is None else max(1, share // self.micro_batch)
 
 
 @dataclass(frozen=True)
@@ -139,7 +165,7 @@ class Trainer:
         self.period = period
         self.seed = seed
         self.step = 0
-        self.skipped = torch.zeros((), device=device)
+        self._skips = SkippedSteps(config.skip_limit, device)
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.precision = resolve_precision(config, device)
         student = synchronise_batch_norm(student, across, device)
@@ -162,6 +188,12 @@ class Trainer:
             module, self.optimizer, across, device, self.rule,
             precision=self.precision, max_grad_norm=config.max_grad_norm, teacher=teacher,
         )  # fmt: skip
+        self.micro = MicroBatches(module, self.strategy, across, device, precision=self.precision, teacher=teacher)
+
+    @property
+    def skipped(self) -> Tensor:
+        """Steps of the whole run that were skipped: 0-dim, on the device."""
+        return self._skips.total
 
     @property
     def student(self) -> Segmentor:
@@ -196,21 +228,29 @@ class Trainer:
             Scalars on the device whose mean over ranks is the global value: objectives, gradient norm, and what the
             method and gradient rule observed.
         """
-        batch = on_device(host, self.device, self.memory_format)
+        parts = on_device(host, self.device, self.memory_format).parts(
+            self.config.parts(len(host.keys_L), len(host.keys_U))
+        )
         observed: dict[str, Tensor] = {}
 
         def listen(name: str, value: Tensor) -> None:
             if value.ndim == 0:  # maps are for pictures
-                observed[f"method/{name}"] = value
+                before = observed.get(f"method/{name}")
+                value = value if len(parts) == 1 else value / len(parts)
+                observed[f"method/{name}"] = value if before is None else before + value
 
         if self.average is not None:
             self.average.before_step(self.strategy.parts, self.step)
-        losses = self.strategy.accumulate(batch, self.context(listen))
+        each = [
+            self.strategy.accumulate(part, context, last=part is parts[-1])
+            for part, context in zip(parts, self.micro.contexts(parts, self.context(listen)), strict=True)
+        ]
+        losses = functools.reduce(SideLosses.plus, each)
         update = self.strategy.update(self.step)
         if self.average is not None:
             self.average.after_step(self.strategy.parts, self.step, update.finite)
-        self.skipped += (~update.finite).to(self.skipped.dtype)
         self.step += 1
+        self._skips.add(self.step, update.finite, (*host.keys_L, *host.keys_U))
         return {
             "loss/total": losses.total,
             **{f"loss/{name}": value for name, value in losses.values.items()},
@@ -230,6 +270,9 @@ class Trainer:
 
         Returns:
             True when every step of the stream was done; False when `should_stop` ended it earlier.
+
+        Raises:
+            TrainingError: too many steps were skipped; a checkpoint is written.
         """
         config = self.config
         save_every = config.checkpoint_every or max(1, config.steps // 10)
@@ -245,6 +288,9 @@ class Trainer:
                 metrics["lr"] = self.optimizer.learning_rate(self.step - 1)
                 metrics["skipped_steps"] = float(self.skipped)  # counts from the first step on: a mean would be off
                 hooks.log(self.step, metrics)
+                if (error := self._too_many_skips()) is not None:
+                    hooks.save(self.step)
+                    raise error
             stopped = hooks.should_stop()
             best = False
             if self.step % eval_every == 0 or self.step == config.steps:
@@ -263,13 +309,21 @@ class Trainer:
             hooks.save(self.step)
         return not stopped
 
+    def _too_many_skips(self) -> TrainingError | None:
+        """Tells of skipped steps; on all ranks alike."""
+        steps = self._skips.read()
+        if not steps or self._skips.last is None:
+            return None
+        keys = distributed.gather(list(self._skips.last[1]), self.across)
+        return self._skips.tell(steps, keys, log=self.across.rank == 0)
+
     def _hand_out_samples(self, hooks: Hooks) -> None:
         for step, values in self._samples.read():
             hooks.sample(step, values)
 
     def snapshot(self) -> Snapshot:
         """The whole state, for a checkpoint; every rank must ask for it."""
-        tensors = self.strategy.tensors()
+        tensors = dict(self.strategy.tensors())
         if self.average is not None:
             tensors["teacher"] = self.average.model.state_dict()
         if buffers := self.method.state_dict():
@@ -287,5 +341,5 @@ class Trainer:
         if self.average is not None:
             self.average.model.load_state_dict(snapshot.tensors["teacher"])
             self.average.started = snapshot.state["average_started"]
-        self.skipped.fill_(snapshot.state["skipped_steps"])
+        self._skips.restore(snapshot.state["skipped_steps"])
         self.step = snapshot.step
