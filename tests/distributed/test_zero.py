@@ -61,10 +61,6 @@ WORK = {
         "ael", *SEEN, "method.group=2", "method.paste.p=0.8", "method.paste.classes=3", "method.momentum=0.9",
         "method.cutmix.per_class=2", "method.cutmix.object_area=0.01",
     ],
-    "supervised-transformer": [
-        "supervised", "model.name=dpt", "model.encoder=vit_small_patch14_dinov2", "model.channels=256",
-        "model.low_channels=null", "data.crop=42",
-    ],
     "fixmatch-rank": ["fixmatch", *SEEN, *RANK],
     "derprop-rank": ["derprop", "method.threshold.initial=0.145", *RANK],
     "fixmatch-adamw": ["fixmatch", *SEEN, "optim.name=adamw"],
@@ -122,7 +118,6 @@ ON_TWO = [
     Case("fixmatch-adamw", "zero2", offload="optimizer"),
     Case("fixmatch-clipped", "zero1"),
     Case("fixmatch-clipped", "zero3", offload="all"),
-    Case("supervised-transformer", "zero3"),
     Case("fixmatch-fixed", "zero3"),
     Case("fixmatch-measured", "zero2"),
     *(Case(work, f"zero{stage}") for work in ("fixmatch-pareto", "corrmatch-rank-pareto") for stage in (0, 1, 2)),
@@ -137,6 +132,8 @@ ON_TWO = [
     Case("fixmatch-adamw", "zero2", offload="optimizer", broken=True, parts=2),
     *(Case("fixmatch-adamw", strategy, resumed=True) for strategy in ("ddp", "zero0", "zero1", "zero2", "zero3")),
 ]
+START = Case("fixmatch-adamw", "single")
+"""Of whose first step the checkpoint is that others go on from."""
 ON_ONE = [Case("fixmatch-pareto", "zero2"), Case("fixmatch", "zero3"), Case("fixmatch-adamw", "zero1", resumed=True)]
 ON_FOUR = [Case("corrmatch-rank-pareto", "zero2"), Case("derprop-rank", "zero3"), Case("fixmatch-pareto", "ddp")]
 ON = {1: ON_ONE, 2: ON_TWO, 4: ON_FOUR}
@@ -195,7 +192,7 @@ def traced(pools: Path, folder: Path, case: Case, across: Any, start: Any = None
             run.losses.append([])
         else:
             run.step(host, case)
-        if number == 0 and case.strategy == "single":
+        if number == 0 and case == START:
             found["first"] = held(run.trainer)
     found |= {"losses": run.losses, "held": held(run.trainer), "skipped": float(run.trainer.skipped)}
     found["measured"] = [list(values.values()) for _, values in run.trainer._samples.read()]
@@ -251,6 +248,41 @@ def counterexample(number: int, across: Any, stage: int | None) -> Trace:
     update = strategy.update(0)
     x = strategy.tensors()["student"]["x"]
     return {"x": x.clone(), "norm": update.norm, "alpha_u": measured[1]["gradients/weight_unsupervised"]}
+
+
+class Beside(nn.Module):
+    """A student with a parameter beside its layer, in a part that nobody calls: as a transformer's class token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student = nn.Module()
+        self.student.net = nn.Module()
+        self.student.net.token = nn.Parameter(torch.ones(1, 1, 3))
+        self.student.net.layer = nn.Linear(3, 1)
+        nn.init.constant_(self.student.net.layer.weight, 0.5)
+        nn.init.zeros_(self.student.net.layer.bias)
+        self.student.encoder_parameters = lambda: [self.student.net.token]
+        self.student.other_parameters = self.student.net.layer.parameters
+        self.method = nn.Module()
+
+    def forward(self, rows_N3: torch.Tensor, context: Any) -> SideLosses:
+        net = self.student.net
+        loss = net.layer(rows_N3[None] + net.token.expand(1, len(rows_N3), -1)).square().mean()
+        return SideLosses(loss, 2 * loss, torch.zeros(()), {})
+
+
+def beside(across: Any, stage: int | None) -> dict[str, torch.Tensor]:
+    """The weights of `Beside` after three steps."""
+    module = Beside()
+    optimizer = Optimizer(module.student, OptimConfig(lr=0.003), 1000)
+    rule = GradientRule(GradientsConfig(), optimizer.rates, across)
+    parts = (module, optimizer, across, torch.device("cpu"), rule)
+    strategy = Replicas(*parts) if stage is None else Shards(*parts, ZeroConfig(stage=stage, whole_below=0))
+    share = torch.arange(12.0).view(4, 3).chunk(across.world)[across.rank] / 12
+    for step in range(3):
+        strategy.accumulate(share, SimpleNamespace(step=step))
+        strategy.update(step)
+    return {name: value.clone() for name, value in strategy.tensors()["student"].items()}
 
 
 SECTIONS = {
@@ -341,6 +373,7 @@ def rank(number: int, world: int, pools: Path, folder: Path) -> None:
     traces: Trace = {case: traced(pools, folder / str(world), case, across, start) for case in ON[world]}
     if world == 2:
         traces["deaf"] = traced(pools, folder / "deaf", Case("fixmatch", "zero2"), Deaf())
+        traces["beside"] = beside(across, 3)
         traces["counterexample"] = {stage: counterexample(number, across, stage) for stage in (None, 0, 1, 2)}
     torch.save(traces, folder / f"{world}-{number}.pt")
     distributed.leave()
@@ -352,7 +385,7 @@ def alone(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, T
     folder = tmp_path_factory.mktemp("zero")
     wanted = {case.reference for cases in ON.values() for case in cases}
     found: dict[Any, Any] = {case: traced(scenes, folder / "alone", case, SingleRank()) for case in wanted}
-    torch.save(found[Case("fixmatch-adamw", "single")]["first"], folder / "start.pt")
+    torch.save(found[START]["first"], folder / "start.pt")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported: else it looks for a GPU
         for world in ON:
@@ -437,6 +470,14 @@ def test_no_default_of_deepspeed_decides(alone):
             slips = alone[world][0][case].get("slipped", [])
             asked = {"gradient_clipping=0.5"} if "train.max_grad_norm=0.5" in WORK[case.work] else set()
             assert set(slips) <= asked, case
+
+
+def test_what_lies_beside_layers_is_fetched_too(alone):
+    expected = beside(SingleRank(), None)
+    assert (expected["net.token"] != 1).all()
+    for trace in alone[2]:
+        for name, value in expected.items():
+            torch.testing.assert_close(trace["beside"][name], value)
 
 
 def test_a_student_is_looked_at_by_each_rank_alone(alone):
