@@ -36,6 +36,10 @@ class CheckpointError(RaysemiError, RuntimeError):
     """A checkpoint or a run folder is broken, or does not belong to this run."""
 
 
+class OutOfMemory(RaysemiError, MemoryError):
+    """A step needs more memory than there is; no mistake in a setting, but made again it would fail again."""
+
+
 class CheckpointFailure(CheckpointError):
     """Reading or writing a run folder failed for what is no mistake in it (no answer of a store, no permission)."""
 

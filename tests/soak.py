@@ -1,16 +1,15 @@
 """A run that is killed again and again ends with the bits of one that never was: `make soak`.
 
 Two gloo ranks train a tiny network with the real command, without Ray. At each kill point SIGKILL ends one rank or
-both: while they start, in a step, in a save, in an evaluation. Then the same command is given again. What is compared at
-the end is read through public functions (last and best weights, result, every logged loss), so it holds for any format
-of checkpoints.
+both: while they start, in a step, in a save, in an evaluation. Then the same command is given again. What is compared
+at the end is read through public functions (last and best weights, result, every logged loss), so it holds for any
+format of checkpoints.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -24,6 +23,7 @@ from typing import Any, Literal
 
 import pyarrow.parquet as pq
 import torch
+from forks import FORKS
 from makers import tiny_run
 
 from raysemi import config_io
@@ -80,9 +80,6 @@ def kill_points(seed: int, points: int, steps: int) -> list[Kill]:
     return found
 
 
-_FORKS = multiprocessing.get_context("forkserver")
-
-
 def _rank(recipe: Path, said: Path, place: dict[str, str], fresh: bool) -> None:
     """One rank: the command in a new interpreter, or (as `make test` has no time for its imports) in this process."""
     os.environ |= place | {"OMP_NUM_THREADS": "1"}
@@ -114,15 +111,11 @@ class Job:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        if not self.fresh:
-            _FORKS.set_forkserver_preload(
-                ["soak", "raysemi.cli", "raysemi.launch.train", "raysemi.launch.worker", "timm"]
-            )
         for rank in range(WORLD):
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "MASTER_PORT": port}
             environment = {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
             arguments = (self.recipe, self._said(rank), environment, self.fresh)
-            self.ranks.append(_FORKS.Process(target=_rank, args=arguments, daemon=True))
+            self.ranks.append(FORKS.Process(target=_rank, args=arguments, daemon=True))
             self.ranks[-1].start()
         return self
 

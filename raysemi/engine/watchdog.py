@@ -27,8 +27,9 @@ STACKS = "stacks"
 """Of the run folder: `rank-0.txt` and so on."""
 _WORDS_S = 10.0
 """In which a store, a log or a launcher must take the last words."""
-_OTHERS_S = 5.0
-"""For the other ranks to write theirs, before what started them all notices that one is gone."""
+_OTHERS_S = 60.0
+"""At most, for the other ranks to write theirs before what started them all hears that one is gone: the last sign of
+life of one may be that of another a step later."""
 FAILURE = 1
 
 
@@ -75,11 +76,11 @@ class Watchdog:
         self._step = self._step if step is None else step
 
     def _watch(self) -> None:
-        tick = min(self._after_s / 4, 5.0)
+        tick = min(self._after_s / 4, 2.0)
         try:
             while not self._ended.wait(tick):
                 # Set anew by each tick, it only comes to an end when no thread of Python can run.
-                faulthandler.dump_traceback_later(self._after_s + _WORDS_S, exit=True, file=2)
+                faulthandler.dump_traceback_later(self._after_s + _OTHERS_S + 3 * _WORDS_S, exit=True, file=2)
                 if time.monotonic() - self._beaten > self._after_s:
                     self._end()
         finally:
@@ -100,11 +101,11 @@ class Watchdog:
         )
         _in_time(lambda: self._folder.write_bytes(name, f"{error}\n\n".encode() + stacks))
         _in_time(lambda: _log.error("%s\n%s", error, stacks.decode(errors="replace")))
+        if self._ended.wait(min(_OTHERS_S, self._after_s)):
+            return  # what was slow, not stuck, has come to its end
         if self._last_words is not None:
             last_words = self._last_words
             _in_time(lambda: last_words(error))
-        if self._ended.wait(_OTHERS_S):
-            return  # what was slow, not stuck, has come to its end
         os._exit(FAILURE)
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from raysemi import config_io
-from raysemi.config import RunConfig, uses_unlabeled
+from raysemi.config import RunConfig
+from raysemi.config_shares import uses_unlabeled
 from raysemi.data.ahead import cache_faults
 from raysemi.data.boxes import PoolBoxes, open_boxes
 from raysemi.data.joined import AnyPool, as_one
@@ -145,6 +146,9 @@ MAY_CHANGE = (
     "train.log_every",
     "train.checkpoint_every",
     "train.keep",
+    "train.micro_batch",
+    "train.strategy",
+    "train.zero.",
     "train.skip_limit",
     "train.hang_after_s",
     "train.guards.",

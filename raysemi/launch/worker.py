@@ -30,6 +30,7 @@ from raysemi.engine.watchdog import Watchdog
 from raysemi.errors import CheckpointError, RaysemiError
 from raysemi.launch.progress import Progress
 from raysemi.launch.restore import build, open_pools, refuse_another_run
+from raysemi.launch.room import one_line_without_room, tell_footprint
 from raysemi.launch.stop import Stopped, StopVote, graceful_stop
 from raysemi.methods.base import AcrossRanks
 from raysemi.ops.confusion import iou, mean_iou, pixel_accuracy
@@ -113,6 +114,8 @@ class _Run:
         if config.train.steps // period < 10 and across.rank == 0:
             message = "train.steps=%d holds only %d periods of %d steps; ramps and momentum networks want 10 or more"
             _log.warning(message, config.train.steps, config.train.steps // period, period)
+        if across.rank == 0:
+            tell_footprint(config, student, method, across.world, device, joined=self.unlabeled is not None)
         self.trainer = Trainer(
             student, method, config.train, config.optim,
             across=across, device=device, period=period, seed=config.seed, gradients=config.gradients,
@@ -143,7 +146,8 @@ class _Run:
                 hooks = Hooks(
                     self._log_training, self._evaluate, self._save, self._should_stop_after(signalled), self._sample
                 )
-                finished = trainer.fit(self._stream(trainer.step, until), hooks, config.eval.every)
+                with one_line_without_room(config, self.across, trainer.device, lambda: f"step {trainer.step + 1}"):
+                    finished = trainer.fit(self._stream(trainer.step, until), hooks, config.eval.every)
             if not finished and trainer.step < until:
                 raise Stopped
         elif not self.result:
@@ -336,7 +340,9 @@ class _Run:
                 precision=trainer.precision, progress=lambda done, total: self.watchdog.beat(), images=images,
             )  # fmt: skip
 
-        matrix = measure(trainer.evaluated)
+        way = "Lower eval.batch, or set eval.mode=sliding_window and eval.window"
+        with one_line_without_room(self.config, self.across, trainer.device, lambda: "an evaluation", way):
+            matrix = measure(trainer.evaluated)
         miou = 100.0 * float(mean_iou(matrix))
         per_class = {name: 100.0 * float(value) for name, value in zip(classes, iou(matrix), strict=True)}
         accuracy = 100.0 * float(pixel_accuracy(matrix))
