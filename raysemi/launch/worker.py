@@ -56,7 +56,9 @@ def run(config: RunConfig, on_log: OnLog | None = None) -> dict[str, Any]:
     across = distributed.join()
     device = distributed.local_device(accelerator=config.ray == "none" or config.ray.use_gpu is not False)
     check_world(config, across.world, gpu=device.type == "cuda")
-    result = _Run(config, across, device, on_log).go()
+    way = "Use a smaller network, or train.strategy=deepspeed on several ranks"
+    with one_line_without_room(config, across, device, lambda: "the networks", way):
+        result = _Run(config, across, device, on_log).go()
     distributed.leave_at_exit()
     return result
 

@@ -87,6 +87,8 @@ class Case:
     strategy: str
     """single, ddp, or zero0 to zero3."""
     offload: str = "none"
+    micro: int | None = None
+    """`train.micro_batch`; the reference has none."""
     parts: int = 1
     """Times that each step's batch is taken, each adding its gradients."""
     broken: bool = False
@@ -103,7 +105,7 @@ class Case:
 
     @property
     def reference(self) -> Case:
-        return replace(self, strategy="single", offload="none", resumed=False)
+        return replace(self, strategy="single", offload="none", resumed=False, micro=None)
 
 
 ON_TWO = [
@@ -121,6 +123,9 @@ ON_TWO = [
     Case("fixmatch-pareto", "zero2", offload="optimizer"),
     Case("fixmatch-lagged", "zero2"),
     Case("u2pl-pareto", "zero2"),
+    *(Case("fixmatch", f"zero{stage}", micro=2) for stage in (1, 3)),
+    Case("corrmatch-rank-pareto", "zero2", micro=2),
+    Case("derprop", "zero3", micro=2),
     *(Case("fixmatch", strategy, parts=3) for strategy in ("ddp", "zero0", "zero1", "zero2", "zero3")),
     *(Case("fixmatch-pareto", strategy, parts=3) for strategy in ("ddp", "zero0", "zero2")),
     *(Case("fixmatch", f"zero{stage}", broken=True) for stage in (0, 1, 3)),
@@ -150,6 +155,7 @@ class Run:
         config = tiny_run(
             pools, folder / name, *case.settings, "model.batch_norm=frozen",
             "train.batch.labeled=4", "train.batch.unlabeled=8", "optim.lr=0.001", "train.steps=20",
+            *([] if case.micro is None else [f"train.micro_batch={case.micro}"]),
         )  # fmt: skip
         student, learner = build(config, 7)
         self.across = across
