@@ -105,10 +105,10 @@ def footprint(
     with FakeCopyMode(FakeTensorMode()) as copying:
         module = copy.deepcopy(StepModule(student, method)).train()
         teacher = None if method.average.kind == "none" else copy.deepcopy(student).requires_grad_(False).eval()
-    if (region := getattr(getattr(module.method, "config", None), "region", None)) is not None:
+    settings: Any = getattr(module.method, "config", None)
+    if (region := getattr(settings, "region", None)) is not None:
         # found by reading numbers on the host, or in many small steps; nothing beside the maps it is found in
-        off = {"region": region.model_copy(update={"enable": False})}
-        module.method.config = module.method.config.model_copy(update=off)
+        module.method.config = settings.model_copy(update={"region": region.model_copy(update={"enable": False})})
     live = _Live()
     with copying.fake_mode, live:
         batch = _batch(method, *share, crop)

@@ -86,8 +86,7 @@ def trace(scenes, folder, case, size, *overrides, norm="frozen"):
         host.label_LHW[:3, :25] = 255  # of the first part more than of the others
         host.valid_UHW[:2, :, 30:] = False
         values = trainer.train_step(host)
-        told = ("loss/", "gradient", "method/kept_ratio")
-        losses.append({name: float(value) for name, value in values.items() if name.startswith(told)})
+        losses.append({name: float(value) for name, value in values.items() if name.startswith(("loss/", "gradient"))})
         gradient = gradient or {name: value.clone() for name, value in trainer.optimizer.tensors().items()}
     state = {f"{part}/{name}": value for part, tensors in trainer.snapshot().tensors.items()
              for name, value in tensors.items() if not name.endswith("num_batches_tracked")}  # fmt: skip
