@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
-from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, model_validator
 
 from raysemi.base import Config
 from raysemi.config_shares import Spread, learner_of, next_multiple, pastes_own
@@ -32,8 +32,9 @@ from raysemi.models.segmentor import ModelConfig
 class RayConfig(Config):
     """`ray.*`: the workers. It stands here because the config is read where Ray need not be installed."""
 
-    num_workers: int = Field(1, ge=1)
-    """Ranks; divides both batches."""
+    num_workers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = 1
+    """Ranks; divides both batches. [min, max]: as many as the cluster has room for, of the numbers between them that
+    divide both batches; the run goes on with another number when workers leave or there is room for more."""
     use_gpu: bool | Literal["auto"] = "auto"
     """One GPU a worker; auto: when there are enough."""
     cpus_per_worker: int | Literal["auto"] = "auto"
@@ -42,10 +43,31 @@ class RayConfig(Config):
     """Folder or URL for Ray Train's own small files, seen by all nodes; None = a temporary folder. Checkpoints lie in
     the run folder."""
     max_failures: int = Field(3, ge=0)
-    """Times that dead workers are started again, from the last checkpoint; mistakes in settings or data end the run
-    at once."""
+    """Times in a row that dead workers are started again, from the last checkpoint, without the run getting further
+    than before; nodes that the cloud takes back do not count. Mistakes in settings or data end the run at once."""
+    start_timeout_s: float = Field(600.0, gt=0.0)
+    """Seconds in which the workers must find room on the cluster, which may have to grow first."""
+    resize_every_s: float = Field(60.0, gt=0.0)
+    """With [min, max]: seconds between two looks for room for more workers."""
     address: str | None = None
     """Cluster to join (`auto`, `ray://host:10001`); None = the one of RAY_ADDRESS, else a new one on this machine."""
+
+    @field_validator("num_workers")
+    @classmethod
+    def _ordered(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
+        if isinstance(value, tuple) and value[0] > value[1]:
+            raise ValueError(f"must be [min, max] with min at most max; got {list(value)}. Change their order.")
+        return value
+
+    @property
+    def min_workers(self) -> int:
+        """Fewest ranks."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """Most ranks."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
 if TYPE_CHECKING:
@@ -132,6 +154,13 @@ def check_world(config: RunConfig, world: int, *, gpu: bool = False) -> None:
         faults.append(fault)
     if faults:
         raise ConfigError(faults)
+
+
+def fitting_workers(config: RunConfig, settings: RayConfig, *, gpu: bool = False) -> list[int]:
+    """Numbers of workers, of those that `ray.num_workers` allows, that the run can be spread over; ascending."""
+    parts = config.train, config.method, config.data, config.model
+    allowed = range(settings.min_workers, settings.max_workers + 1)
+    return [world for world in allowed if not list(Spread(*parts, world, gpu).faults())]
 
 
 def _crop_holds_whole_patches(data: DataConfig, model: ModelConfig) -> Iterator[str]:
@@ -285,8 +314,23 @@ def _zero_fits(train: TrainConfig, gradients: GradientsConfig) -> Iterator[str]:
 def _ranks_fit(
     train: TrainConfig, method: Any, data: DataConfig, model: ModelConfig, ray: RayConfig | Literal["none"]
 ) -> Iterator[str]:
-    if isinstance(ray, RayConfig):  # `auto` is known when the workers are; here it may still mean GPUs
-        yield from Spread(train, method, data, model, ray.num_workers, ray.use_gpu is not False).faults()
+    if not isinstance(ray, RayConfig):
+        return
+    gpu = ray.use_gpu is not False  # `auto` is known when the workers are; here it may still mean GPUs
+    if isinstance(ray.num_workers, int):
+        yield from Spread(train, method, data, model, ray.num_workers, gpu).faults()
+        return
+    found = {
+        world: next(iter(Spread(train, method, data, model, world, gpu).faults()), None)
+        for world in range(ray.min_workers, ray.max_workers + 1)
+    }
+    wrong = next((fault for world in ray.num_workers if (fault := found[world]) is not None), None)
+    if wrong is not None:
+        fitting = ", ".join(str(world) for world, fault in found.items() if fault is None) or "none"
+        yield (
+            f"ray.num_workers must begin and end with a number of workers that fits the batches; got "
+            f"{list(ray.num_workers)}, of which fit: {fitting}. Change it, or the batches: {wrong}"
+        )
 
 
 _SECRET = re.compile(r"://[^/@\s]*:[^/@\s]+@|[?&](secret_key|access_key|password|token|session_token)=", re.IGNORECASE)

@@ -54,14 +54,25 @@ def world_from_environment() -> int:
     return int(text)
 
 
-def join(timeout_s: float = 1800.0) -> AcrossRanks:
+def collective_timeout_s(hang_after_s: float = 0.0) -> float:
+    """How long a collective may wait for the slowest rank before it fails, seconds.
+
+    Longer than what a rank may take for a step, so that where one hangs all tell their stacks first.
+    """
+    return max(1800.0, 2 * hang_after_s)
+
+
+def join(hang_after_s: float = 0.0) -> AcrossRanks:
     """Joins the process group that exists or that torchrun's environment describes; one process otherwise.
 
     Args:
-        timeout_s: how long a collective may wait for the slowest rank before it fails, seconds.
+        hang_after_s: how long a rank may take for a step, seconds.
     """
     if not dist.is_initialized() and world_from_environment() > 1:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(seconds=timeout_s))
+        dist.init_process_group(
+            "nccl" if torch.cuda.is_available() else "gloo",
+            timeout=timedelta(seconds=collective_timeout_s(hang_after_s)),
+        )
     return ProcessGroup() if dist.is_initialized() else SingleRank()
 
 
@@ -70,6 +81,13 @@ def join_alone() -> None:
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone, or does not answer."""
+    # gloo's are plain RuntimeErrors
+    words = ("gloo/", "Connection closed by peer", "Connection reset by peer", "NCCL", "ProcessGroup")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 
 def start_average(value: Tensor, across: AcrossRanks) -> Callable[[], object]:

@@ -5,7 +5,7 @@ Source: the recipes of UniMatch and DeepLab: two groups (encoder, everything els
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -120,7 +120,7 @@ class Optimizer:
             if isinstance(value, Tensor)
         }
 
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Restores what `tensors` gave."""
         parameters = {name: parameter for parameter, name in self.names.items()}
         for path, value in tensors.items():

@@ -8,6 +8,7 @@ the gradient rule wants each side's gradient by itself, it takes them out of the
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
@@ -109,11 +110,15 @@ class Strategy(Protocol):
         """Within it `student` has whole weights, and using it, as often as each rank likes, joins no other rank."""
         ...
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """State of `student` and `optimizer` (`parameter name/state name`), whole and in fp32, for any strategy."""
+    def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """State of `student` and `optimizer` (`parameter name/state name`), whole and in fp32, for any strategy.
+
+        Each rank reads every item once, in the mappings' order, and keeps only its share: a tensor that no rank has
+        whole may be gathered when it is read.
+        """
         ...
 
-    def load(self, tensors: Mapping[str, dict[str, Tensor]]) -> None:
+    def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Restores what the `tensors` of any strategy, at any number of ranks, gave."""
         ...
 
@@ -130,7 +135,8 @@ class StepBuffers:
     def __init__(self, module: StepModule, across: AcrossRanks, teacher: nn.Module | None = None) -> None:
         self._across = across
         networks = [module.student] if teacher is None else [module.student, teacher]
-        self._statistics = [buffer for network in networks for buffer in _running_statistics(network)]
+        self._statistics = [buffer for network in networks for buffer in running_statistics(network)]
+        self._apart = [buffer for network in networks for buffer in running_statistics(network, equal=False)]
         # large memories note by themselves what a step overwrites; the rest is small and copied
         self._rings = [part for part in module.method.modules() if isinstance(part, Rings)]
         noted = {id(rings.rows_TX) for rings in self._rings}
@@ -173,24 +179,24 @@ class StepBuffers:
     def settle(self) -> Tensor:
         """Makes the ranks one again, in a single small collective, and judges the step.
 
-        BatchNorm's running statistics become their mean over ranks and micro-batches (on CPUs each rank normalises by
-        its own share; on GPUs SyncBatchNorm has made them equal on all ranks already).
+        BatchNorm's running statistics become their mean over micro-batches, and over ranks where each rank normalises
+        by its own share, as on CPUs; SyncBatchNorm has made them equal on all ranks already.
 
         Returns:
             Bool scalar on the device, the same on all ranks: True when the losses are finite everywhere.
         """
         assert self._broken is not None  # a step has a part
         broken, self._broken = self._broken, None
-        shares, self._parts = self._across.world * self._parts, 0
+        parts, self._parts = self._parts, 0
         for buffer, total in zip(self._statistics, self._sums, strict=bool(self._sums)):
-            buffer.add_(total)  # the last part's and those of the parts before it
+            buffer.add_(total).div_(parts)  # the last part's and those of the parts before it
         self._sums = []
-        if shares > 1:
-            flat = torch.cat([broken, *(buffer.reshape(-1) for buffer in self._statistics)])
-            flat = self._across.sum(flat) / shares
+        if self._across.world > 1:
+            flat = torch.cat([broken, *(buffer.reshape(-1) for buffer in self._apart)])
+            flat = self._across.sum(flat) / self._across.world
             broken, rest = flat[:1], flat[1:]
-            sizes = [buffer.numel() for buffer in self._statistics]
-            for buffer, mean in zip(self._statistics, rest.split(sizes), strict=True):
+            sizes = [buffer.numel() for buffer in self._apart]
+            for buffer, mean in zip(self._apart, rest.split(sizes), strict=True):
                 buffer.copy_(mean.view_as(buffer))
         return broken.reshape(()) == 0
 
@@ -245,8 +251,10 @@ class Replicas:
         self._counted: dict[str, Tensor] = {}
         self._module: nn.Module = module
         if across.world > 1:
-            # Buffers are settled by StepBuffers: averaged, not overwritten by rank 0's.
-            self._module = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+            with warnings.catch_warnings():  # torch 2.15 announces another name, which yet means something else
+                warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+                # Buffers are settled by StepBuffers: averaged, not overwritten by rank 0's.
+                self._module = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def accumulate(self, batch: SemiBatch, context: StepContext, *, last: bool = True) -> SideLosses:
         """Adds a part's gradients to the parameters' `.grad`; with the last, they are averaged over ranks."""
@@ -283,7 +291,7 @@ class Replicas:
         """State of student and optimizer: the tensors themselves, not copies."""
         return {"student": self.student.state_dict(), "optimizer": self._optimizer.tensors()}
 
-    def load(self, tensors: Mapping[str, dict[str, Tensor]]) -> None:
+    def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Restores what the `tensors` of any strategy gave."""
         self.student.load_state_dict(tensors["student"])
         self._optimizer.load_tensors(tensors["optimizer"])
@@ -294,11 +302,13 @@ def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextMan
     return torch.autocast(device.type, precision, enabled=precision != torch.float32)
 
 
-def _running_statistics(network: nn.Module) -> Iterator[Tensor]:
+def running_statistics(network: nn.Module, *, equal: bool = True) -> Iterator[Tensor]:
+    """BatchNorm's, unless it is frozen; without `equal`, only those that are not the same on all ranks anyway."""
     if getattr(network, "frozen", False):
         return  # nothing moves them, and a mean of equal numbers may be another one in its last digit
     for module in network.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+        shared = isinstance(module, nn.SyncBatchNorm) and not equal
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None and not shared:
             assert module.running_var is not None  # torch makes both or neither
             yield module.running_mean
             yield module.running_var
@@ -309,7 +319,7 @@ def synchronise_batch_norm(student: Segmentor, across: AcrossRanks, device: torc
     if across.world == 1:
         return student
     if device.type != "cuda":
-        if across.rank == 0 and any(True for _ in _running_statistics(student)):
+        if across.rank == 0 and any(True for _ in running_statistics(student)):
             message = (
                 "BatchNorm: each of the %d ranks normalises by its own share of the batch, since SyncBatchNorm is for "
                 "GPUs alone; running statistics are averaged over ranks after every step"

@@ -17,9 +17,11 @@ from torch import Tensor
 from raysemi.base import Config, choices
 from raysemi.data.types import HostBatch
 from raysemi.data.views import on_device
+from raysemi.engine import distributed
 from raysemi.engine.checkpoint import Snapshot
 from raysemi.engine.compiled import as_written, compile_parts
 from raysemi.engine.gradients import GradientRule, GradientsConfig, SideLosses
+from raysemi.engine.guards import GuardsConfig, SkippedSteps
 from raysemi.engine.micro import MicroBatches
 from raysemi.engine.optim import OptimConfig, Optimizer
 from raysemi.engine.record import Meter, Samples
@@ -27,6 +29,7 @@ from raysemi.engine.strategy import Replicas, StepModule, Strategy, synchronise_
 from raysemi.engine.teacher import AveragedCopy
 from raysemi.engine.zero import Shards
 from raysemi.engine.zero_config import ZeroConfig
+from raysemi.errors import TrainingError
 from raysemi.methods.base import AcrossRanks, Method, StepContext
 from raysemi.models.segmentor import Segmentor
 
@@ -85,6 +88,14 @@ class TrainConfig(Config):
     """Steps between two checkpoints; None = a tenth of the run."""
     keep: int = Field(2, ge=1)
     """Newest checkpoints that are kept, beside the best."""
+    skip_limit: int = Field(25, ge=0)
+    """Steps of the whole run that may be skipped since a loss or gradient is not finite; with one more the run ends,
+    with a checkpoint."""
+    hang_after_s: float = Field(1200.0, gt=0.0)
+    """Seconds without a finished step, evaluated image or checkpoint after which a rank writes where each of its
+    threads stands (RUN/stacks) and ends."""
+    guards: GuardsConfig = GuardsConfig()
+    """Warnings of a collapse."""
 
     def parts(self, labeled: int, unlabeled: int) -> int:
         """Micro-batches of a rank's share of so many images."""
@@ -154,7 +165,7 @@ class Trainer:
         self.period = period
         self.seed = seed
         self.step = 0
-        self.skipped = torch.zeros((), device=device)
+        self._skips = SkippedSteps(config.skip_limit, device)
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.precision = resolve_precision(config, device)
         student = synchronise_batch_norm(student, across, device)
@@ -178,6 +189,11 @@ class Trainer:
             precision=self.precision, max_grad_norm=config.max_grad_norm, teacher=teacher,
         )  # fmt: skip
         self.micro = MicroBatches(module, self.strategy, across, device, precision=self.precision, teacher=teacher)
+
+    @property
+    def skipped(self) -> Tensor:
+        """Steps of the whole run that were skipped: 0-dim, on the device."""
+        return self._skips.total
 
     @property
     def student(self) -> Segmentor:
@@ -233,8 +249,8 @@ class Trainer:
         update = self.strategy.update(self.step)
         if self.average is not None:
             self.average.after_step(self.strategy.parts, self.step, update.finite)
-        self.skipped += (~update.finite).to(self.skipped.dtype)
         self.step += 1
+        self._skips.add(self.step, update.finite, (*host.keys_L, *host.keys_U))
         return {
             "loss/total": losses.total,
             **{f"loss/{name}": value for name, value in losses.values.items()},
@@ -254,6 +270,9 @@ class Trainer:
 
         Returns:
             True when every step of the stream was done; False when `should_stop` ended it earlier.
+
+        Raises:
+            TrainingError: too many steps were skipped; a checkpoint is written.
         """
         config = self.config
         save_every = config.checkpoint_every or max(1, config.steps // 10)
@@ -269,6 +288,9 @@ class Trainer:
                 metrics["lr"] = self.optimizer.learning_rate(self.step - 1)
                 metrics["skipped_steps"] = float(self.skipped)  # counts from the first step on: a mean would be off
                 hooks.log(self.step, metrics)
+                if (error := self._too_many_skips()) is not None:
+                    hooks.save(self.step)
+                    raise error
             stopped = hooks.should_stop()
             best = False
             if self.step % eval_every == 0 or self.step == config.steps:
@@ -287,13 +309,21 @@ class Trainer:
             hooks.save(self.step)
         return not stopped
 
+    def _too_many_skips(self) -> TrainingError | None:
+        """Tells of skipped steps; on all ranks alike."""
+        steps = self._skips.read()
+        if not steps or self._skips.last is None:
+            return None
+        keys = distributed.gather(list(self._skips.last[1]), self.across)
+        return self._skips.tell(steps, keys, log=self.across.rank == 0)
+
     def _hand_out_samples(self, hooks: Hooks) -> None:
         for step, values in self._samples.read():
             hooks.sample(step, values)
 
     def snapshot(self) -> Snapshot:
         """The whole state, for a checkpoint; every rank must ask for it."""
-        tensors = self.strategy.tensors()
+        tensors = dict(self.strategy.tensors())
         if self.average is not None:
             tensors["teacher"] = self.average.model.state_dict()
         if buffers := self.method.state_dict():
@@ -311,5 +341,5 @@ class Trainer:
         if self.average is not None:
             self.average.model.load_state_dict(snapshot.tensors["teacher"])
             self.average.started = snapshot.state["average_started"]
-        self.skipped.fill_(snapshot.state["skipped_steps"])
+        self._skips.restore(snapshot.state["skipped_steps"])
         self.step = snapshot.step

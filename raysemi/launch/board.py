@@ -23,6 +23,21 @@ class Board:
     def __init__(self) -> None:
         self._items: list[tuple[Any, ...]] = []
         self._workers: list[Any] = []
+        self._asked: str | None = None
+
+    def begin(self) -> None:
+        """Begins a launch of workers: nobody is asked to end."""
+        self._workers, self._asked = [], None
+
+    def ask(self, reason: str) -> None:
+        """Asks the workers to save and end."""
+        if self._asked is None:
+            self._items.append(("message", logging.INFO, f"the workers save and end: {reason}"))
+        self._asked = reason
+
+    def asked(self) -> bool:
+        """Whether they were asked to."""
+        return self._asked is not None
 
     def join(self, worker: Any) -> None:
         """Notes a worker's own handle."""

@@ -67,7 +67,7 @@ def connected(config: RayConfig) -> Iterator[Cluster]:
         if own:
             ray.init(
                 address="local",
-                num_cpus=max(cores(), config.num_workers * _cpus_per_worker(config, own=True)),
+                num_cpus=max(cores(), config.max_workers * _cpus_per_worker(config, own=True)),
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
                 **quiet,
@@ -125,15 +125,15 @@ def worker_resources(config: RayConfig, cluster: Cluster) -> tuple[int, bool]:
     import ray
 
     gpus = int(ray.cluster_resources().get("GPU", 0))
-    enough = gpus >= config.num_workers
+    enough = gpus >= config.min_workers
     if config.use_gpu is True and cluster.own and not enough:
         raise RaysemiError(
             f"ray.use_gpu must be false where there are fewer GPUs than workers; got {gpus} GPUs for "
-            f"{config.num_workers} workers. Lower ray.num_workers or set ray.use_gpu=false."
+            f"{config.min_workers} workers. Lower ray.num_workers or set ray.use_gpu=false."
         )
-    if config.use_gpu == "auto" and 0 < gpus < config.num_workers:
+    if config.use_gpu == "auto" and 0 < gpus < config.min_workers:
         _log.warning(
-            "%d workers share no %d GPUs: they compute on the CPU. Ask for fewer workers.", config.num_workers, gpus
+            "%d workers share no %d GPUs: they compute on the CPU. Ask for fewer workers.", config.min_workers, gpus
         )
     return _cpus_per_worker(config, cluster.own), enough if config.use_gpu == "auto" else config.use_gpu
 
@@ -174,7 +174,7 @@ def cores() -> int:
 def _cpus_per_worker(config: RayConfig, own: bool) -> int:
     if config.cpus_per_worker != "auto":
         return config.cpus_per_worker
-    return max(1, cores() // config.num_workers) if own else 1
+    return max(1, cores() // config.max_workers) if own else 1
 
 
 def _set_authentication(own: bool) -> None:

@@ -15,7 +15,7 @@ from raysemi.data.boxes import PoolBoxes, open_boxes
 from raysemi.data.joined import AnyPool, as_one
 from raysemi.data.pool import Pool
 from raysemi.data.store import StoreConfig
-from raysemi.engine import checkpoint
+from raysemi.engine import checkpoint, retention
 from raysemi.engine.folder import RunFolder
 from raysemi.errors import CheckpointError, ConfigError, DataError, DataFailure
 from raysemi.methods import METHODS
@@ -149,6 +149,9 @@ MAY_CHANGE = (
     "train.micro_batch",
     "train.strategy",
     "train.zero.",
+    "train.skip_limit",
+    "train.hang_after_s",
+    "train.guards.",
     "eval.",
     "data.on_corrupt",
     "data.corrupt_limit",
@@ -231,7 +234,7 @@ def load_network(run: str | Path, which: Literal["last", "best"] | int = "last")
         raise CheckpointError(f"{run} must be a run folder; got one without config.yaml. Give the `run` of a training.")
     config = config_io.parse(folder.read_bytes("config.yaml").decode())
     if which != "last":
-        step = checkpoint.best_step(folder) if which == "best" else which
+        step = retention.best_step(folder) if which == "best" else which
         snapshot = checkpoint.load(folder, step, ("student", "teacher")) if step is not None else None
     else:
         snapshot = checkpoint.load_newest(folder)

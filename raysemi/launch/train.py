@@ -6,25 +6,33 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from raysemi import config_io
-from raysemi.config import RayConfig, RunConfig, check_world
-from raysemi.errors import DataError, DataFailure, RaysemiError
+from raysemi.config import RayConfig, RunConfig, check_world, fitting_workers
+from raysemi.engine import distributed
+from raysemi.errors import CheckpointFailure, DataError, DataFailure, RaysemiError
 from raysemi.launch.board import Board, OnLog, ToBoard, post_fault, relay
 from raysemi.launch.cluster import Cluster, connected, ctrl_c_wins, refuse_relative_paths, worker_resources
 from raysemi.launch.restore import open_pools, refuse_another_run
+from raysemi.launch.stop import Stopped
 
 _log = logging.getLogger(__name__)
 
-_COLLECTIVE_TIMEOUT_S = 1800
 _POLL_S = 0.3
+_SAVE_S = 60.0
+"""For the workers to save and end after SIGTERM; who sent it kills after a time of its own."""
+_STOPPED = "stopped"
+"""In a worker's answer: it ended early, with a checkpoint."""
 _END_S = 60
 """For Ray Train to notice that its workers are gone."""
 
@@ -57,12 +65,10 @@ def launch(config: RunConfig, on_log: OnLog | None = None) -> dict[str, Any]:
 
 
 def _on_ray(config: RunConfig, settings: RayConfig, on_log: OnLog | None, pressed: threading.Event) -> dict[str, Any]:
-    os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(_COLLECTIVE_TIMEOUT_S))  # Ray's own default is none
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon an end or an error is noticed
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths of the config are the user's
-    if not settings.address and "RAY_ADDRESS" not in os.environ:
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
+    _set_environment(config, settings)
     with connected(settings) as cluster, tempfile.TemporaryDirectory(prefix="raysemi-ray-") as folder:
+        if not isinstance(settings.num_workers, int) and not cluster.own:
+            cluster = replace(cluster, here=False)  # what is one machine now may be more later
         if not cluster.here:
             _refuse_relative_paths(config)
         import ray
@@ -70,38 +76,126 @@ def _on_ray(config: RunConfig, settings: RayConfig, on_log: OnLog | None, presse
         actor: Any = ray.remote(num_cpus=0)(Board)
         board = actor.remote()
         cpus, gpu = worker_resources(settings, cluster)
-        check_world(config, settings.num_workers, gpu=gpu)
+        for world in {settings.min_workers, settings.max_workers}:
+            check_world(config, world, gpu=gpu)
         settings = settings.model_copy(update={"use_gpu": gpu, "cpus_per_worker": cpus})
+        config = config.model_copy(update={"ray": settings})
         work = {
-            "config": config_io.dump(config.model_copy(update={"ray": settings})),
+            "config": config_io.dump(config),
             "board": board,
             "folder": str(Path.cwd()),
+            "watched": not cluster.own,
         }
-        left = settings.max_failures
-        while True:
-            outcome = _Outcome(_trainer(config, settings, cluster, work, folder))
-            outcome.start()
-            try:
-                while not outcome.ended.is_set():
-                    relay(ray.get(board.take.remote()), on_log)
-                    if pressed.is_set():
+        left, furthest = settings.max_failures, 0
+        reached = _Reached(on_log)
+        with _ended_by_sigterm(board) as terminated:
+            while True:
+                ray.get(board.begin.remote())
+                outcome = _Outcome(_trainer(config, settings, cluster, work, folder))
+                outcome.start()
+                try:
+                    while not outcome.ended.is_set():
+                        relay(ray.get(board.take.remote()), reached)
+                        if pressed.is_set() or terminated.late:
+                            raise KeyboardInterrupt
+                        outcome.ended.wait(_POLL_S)
+                    relay(ray.get(board.take.remote()), reached)
+                    if outcome.error is not None:
+                        raise _one_line(outcome.error, settings) from outcome.error
+                    if not outcome.value.pop(_STOPPED, False):
+                        return outcome.value
+                    if terminated.asked:
                         raise KeyboardInterrupt
-                    outcome.ended.wait(_POLL_S)
-                relay(ray.get(board.take.remote()), on_log)
-                if outcome.error is None:
-                    return outcome.value
-                raise _one_line(outcome.error) from outcome.error
-            except BaseException as error:
-                with contextlib.suppress(Exception):  # a terminal's Ctrl-C may have ended the board already
-                    for worker in ray.get(board.workers.remote()):  # on a notebook's cluster nothing else ends them
-                        ray.kill(worker)
-                # A thread that asks Ray anything once it is shut down ends the whole process, with exit code 1.
-                outcome.ended.wait(_END_S)
-                if left == 0 or not may_go_better(error):
-                    raise
-                left -= 1
-                _log.warning("%s Starting again; %d more times at most.", error, left)
-            ray.get(board.take.remote())  # what else the ended workers said of the same fault
+                except BaseException as error:
+                    with contextlib.suppress(Exception):  # a terminal's Ctrl-C may have ended the board already
+                        for worker in ray.get(board.workers.remote()):  # on a notebook's cluster nothing else ends them
+                            ray.kill(worker)
+                    # A thread that asks Ray anything once it is shut down ends the whole process, with exit code 1.
+                    outcome.ended.wait(_END_S)
+                    if not may_go_better(error):
+                        raise
+                    if reached.step > furthest:
+                        left, furthest = settings.max_failures, reached.step
+                    if not taken_back(outcome.error):
+                        left -= 1
+                    if left < 0:
+                        raise
+                    _log.warning("%s Starting again; %d more times at most without getting further.", error, left)
+                ray.get(board.take.remote())  # what else the ended workers said of the same fault
+
+
+def _set_environment(config: RunConfig, settings: RayConfig) -> None:
+    """What Ray Train and its processes read there. Its own default for collectives is to wait for ever."""
+    patience = config.train.hang_after_s
+    os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(distributed.collective_timeout_s(patience))
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(min(600.0, patience))
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(settings.start_timeout_s)
+    os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "5")  # a hung or dead rank never leaves its group
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon an end or an error is noticed
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths of the config are the user's
+    if not settings.address and "RAY_ADDRESS" not in os.environ:
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
+
+
+class _Reached:
+    """Hands metrics on, and remembers the furthest step."""
+
+    def __init__(self, on_log: OnLog | None) -> None:
+        self._on_log = on_log
+        self.step = 0
+
+    def __call__(self, step: int, metrics: dict[str, float]) -> None:
+        self.step = max(self.step, step)
+        if self._on_log is not None:
+            self._on_log(step, metrics)
+
+
+class _Terminated:
+    """Whether, and since when, this process is asked to end."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+
+    def ask(self) -> None:
+        self._since = self._since or time.monotonic()
+
+    @property
+    def asked(self) -> bool:
+        return self._since is not None
+
+    @property
+    def late(self) -> bool:
+        """Workers have had their time to save."""
+        return self._since is not None and time.monotonic() - self._since > _SAVE_S
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm(board: Any) -> Iterator[_Terminated]:
+    """SIGTERM, as Kubernetes sends it to the driver, makes the workers save and end."""
+    terminated = _Terminated()
+    if threading.current_thread() is not threading.main_thread():
+        yield terminated
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        terminated.ask()
+        board.ask.remote("SIGTERM")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield terminated
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def taken_back(error: Exception | None) -> bool:
+    """Whether workers died because the cloud took their nodes, by what Ray says of it."""
+    from ray import train
+
+    failures: Mapping[int, Exception] = getattr(error, "worker_failures", {})
+    return isinstance(error, train.PreemptionError) or any(
+        getattr(failure, "preempted", False) for failure in failures.values()
+    )
 
 
 def may_go_better(error: BaseException) -> bool:
@@ -110,7 +204,7 @@ def may_go_better(error: BaseException) -> bool:
     So it is after a death (of a worker or of a loader process) and where a disk or an object store did not answer; a
     corrupt sample, a missing file and a wrong setting would be met again.
     """
-    if type(error) in (RaysemiError, DataFailure):
+    if type(error) in (RaysemiError, DataFailure, CheckpointFailure):
         return True
     mistake = FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError
     cause = error.__cause__
@@ -128,6 +222,7 @@ def _trainer(config: RunConfig, settings: RayConfig, cluster: Cluster, work: dic
         num_workers=settings.num_workers,
         use_gpu=gpu,
         resources_per_worker={"CPU": settings.cpus_per_worker} | ({"GPU": 1} if gpu else {}),
+        elastic_resize_monitor_interval_s=settings.resize_every_s,
     )
     storage = settings.storage or (folder if cluster.here else f"{config.run.rstrip('/')}/ray")
     run = train.RunConfig(
@@ -135,11 +230,21 @@ def _trainer(config: RunConfig, settings: RayConfig, cluster: Cluster, work: dic
         name=f"raysemi-{int(time.time())}-{secrets.token_hex(4)}",
         storage_path=storage,
         # Starting again is done here: Ray Train would also repeat what cannot go better, such as a corrupt sample.
-        failure_config=train.FailureConfig(max_failures=0),
+        failure_config=train.FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
     )
-    backend = TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S)
+    timeout_s = round(distributed.collective_timeout_s(config.train.hang_after_s))
+    backend = TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=timeout_s)
     worker: Any = _worker  # Train's annotation knows no return value; its documentation does
-    return TorchTrainer(worker, train_loop_config=work, torch_config=backend, scaling_config=scaling, run_config=run)
+    all_settings: dict[str, Any] = {
+        "train_loop_per_worker": worker, "train_loop_config": work, "torch_config": backend,
+        "scaling_config": scaling, "run_config": run,
+    }  # fmt: skip
+    if isinstance(settings.num_workers, int):
+        return TorchTrainer(**all_settings)
+    from raysemi.launch.elastic import ElasticTrainer
+
+    sizes = fitting_workers(config, settings, gpu=gpu)
+    return ElasticTrainer(sizes=sizes, board=work["board"], start_timeout_s=settings.start_timeout_s, **all_settings)
 
 
 class _Outcome(threading.Thread):
@@ -162,8 +267,15 @@ class _Outcome(threading.Thread):
             self.ended.set()
 
 
-def _one_line(error: Exception) -> RaysemiError:
+def _one_line(error: Exception, ray: RayConfig) -> RaysemiError:
     """The error that a user should read, out of Ray Train's."""
+    cause = getattr(error, "controller_failure", None)
+    if isinstance(cause, RaysemiError):
+        return cause
+    if type(cause).__name__ == "WorkerGroupStartupTimeoutError":
+        from raysemi.launch.elastic import no_room
+
+        return RaysemiError(no_room(ray.min_workers, ray.start_timeout_s))
     failures: Mapping[int, Exception] = getattr(error, "worker_failures", {})
     for failure in failures.values():
         if isinstance(failure, RaysemiError):
@@ -209,11 +321,21 @@ def _worker(work: dict[str, Any]) -> dict[str, Any]:
         if "eval/miou" in metrics:
             train.report({"step": step, **metrics})
 
+    def asked() -> bool:
+        # Ray Train gives all ranks the same answer to the first; the second reaches them from rank 0.
+        taken = work["watched"] and train.get_preemption_info() is not None
+        return taken or (rank == 0 and ray.get(board.asked.remote()))
+
+    def last_words(error: RaysemiError) -> None:
+        ray.get(post_fault(board, error))
+
     handler, logger = ToBoard(board, rank), logging.getLogger("raysemi")
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     try:
-        return run(config, on_log)
+        return run(config, on_log, asked=asked, last_words=last_words)
+    except Stopped:
+        return {_STOPPED: True}
     except RaysemiError as error:
         ray.get(post_fault(board, error))
         raise

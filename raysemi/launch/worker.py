@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,15 +17,21 @@ from raysemi.data.loader import Stream
 from raysemi.data.mixture import passes
 from raysemi.data.reader import Skipped
 from raysemi.data.skips import Skips
-from raysemi.engine import checkpoint, distributed
+from raysemi.data.store import StoreConfig
+from raysemi.engine import checkpoint, distributed, retention
 from raysemi.engine.evaluate import evaluate
 from raysemi.engine.folder import RunFolder
+from raysemi.engine.guards import Guards
 from raysemi.engine.measure import Look, Panels, PseudoQuality, look, unlabeled_panels, val_panels
 from raysemi.engine.record import Record
+from raysemi.engine.saver import Saver
 from raysemi.engine.trainer import Hooks, Trainer, resolve_period
-from raysemi.errors import CheckpointError
+from raysemi.engine.watchdog import Watchdog
+from raysemi.errors import CheckpointError, RaysemiError
+from raysemi.launch.progress import Progress
 from raysemi.launch.restore import build, open_pools, refuse_another_run
 from raysemi.launch.room import one_line_without_room, tell_footprint
+from raysemi.launch.stop import Stopped, StopVote, graceful_stop
 from raysemi.methods.base import AcrossRanks
 from raysemi.ops.confusion import iou, mean_iou, pixel_accuracy
 
@@ -39,26 +41,48 @@ SKIPPED_FILE = "skipped.json"
 OnLog = Callable[[int, dict[str, float]], None]
 
 
-def run(config: RunConfig, on_log: OnLog | None = None) -> dict[str, Any]:
+def run(
+    config: RunConfig,
+    on_log: OnLog | None = None,
+    *,
+    asked: Callable[[], bool] | None = None,
+    last_words: Callable[[RaysemiError], None] | None = None,
+) -> dict[str, Any]:
     """Trains, or goes on training, until `train.steps` or `train.stop_at`; called by every rank.
 
     Args:
         config: the resolved config, the same on every rank.
         on_log: (steps done, metrics), called on every rank equally often.
+        asked: whether the launcher wants the run to end early, with a checkpoint; called on every rank equally often.
+        last_words: takes the error of a process that hangs, before it ends.
 
     Returns:
         The fields of `result.json`; empty when the run ended before its first evaluation.
 
     Raises:
         ConfigError, DataError, CheckpointError: one line each, before a step is taken where possible.
-        KeyboardInterrupt: after Ctrl-C in a single process without Ray, with a checkpoint written.
+        TrainingError: too many steps were skipped; a checkpoint is written.
+        RaysemiError: another rank is gone.
+        Stopped: a KeyboardInterrupt; after Ctrl-C, SIGTERM or when `asked`, with a checkpoint written.
     """
-    across = distributed.join()
+    across = distributed.join(config.train.hang_after_s)
     device = distributed.local_device(accelerator=config.ray == "none" or config.ray.use_gpu is not False)
     check_world(config, across.world, gpu=device.type == "cuda")
     way = "Use a smaller network, or train.strategy=deepspeed on several ranks"
-    with one_line_without_room(config, across, device, lambda: "the networks", way):
-        result = _Run(config, across, device, on_log).go()
+    try:
+        with (
+            Watchdog(RunFolder(config.run), across.rank, config.train.hang_after_s, last_words) as watchdog,
+            one_line_without_room(config, across, device, lambda: "the networks", way),
+        ):
+            result = _Run(config, across, device, on_log, asked, watchdog).go()
+    except RuntimeError as error:
+        if isinstance(error, RaysemiError) or not distributed.lost_rank(error):
+            raise
+        first = str(error).splitlines()[0]
+        raise RaysemiError(
+            f"workers must stay alive; got rank {across.rank}: it lost another one ({first}). The run folder holds the "
+            "last checkpoint: the same command goes on."
+        ) from error
     distributed.leave_at_exit()
     return result
 
@@ -66,11 +90,21 @@ def run(config: RunConfig, on_log: OnLog | None = None) -> dict[str, Any]:
 class _Run:
     """One rank's part of a run: the trainer between its pools and its folder."""
 
-    def __init__(self, config: RunConfig, across: AcrossRanks, device: torch.device, on_log: OnLog | None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        across: AcrossRanks,
+        device: torch.device,
+        on_log: OnLog | None,
+        asked: Callable[[], bool] | None,
+        watchdog: Watchdog,
+    ) -> None:
         self.config = config
         self.across = across
         self.on_log = on_log
-        self.folder = RunFolder(config.run)
+        self.asked = asked
+        self.watchdog = watchdog
+        self.folder = RunFolder(config.run, StoreConfig(deadline=config.data.store.deadline))
         refuse_another_run(config)
         pools = open_pools(config)
         self.labeled, self.val, self.unlabeled, self.boxes = pools.labeled, pools.val, pools.unlabeled, pools.boxes
@@ -92,6 +126,9 @@ class _Run:
         )  # fmt: skip
         self.seconds = 0.0
         self.record: Record | None = None
+        self.progress: Progress | None = None
+        self.guards: Guards
+        self._saver: Saver
         self.skips = Skips(config.data.corrupt_limit)
         self.result: dict[str, Any] = {}
         self._clock = time.perf_counter()
@@ -99,25 +136,46 @@ class _Run:
         self._best_miou = float("-inf")
 
     def go(self) -> dict[str, Any]:
-        self._resume()
+        saver = self._saver = self._resume()
         config, trainer = self.config, self.trainer
         until = min(config.train.steps, config.train.stop_at or config.train.steps)
         if self.across.rank == 0:
             self.record = Record(self.folder, trainer.step)
+            self.progress = Progress(self.folder, trainer.step)
+        warn = _log.warning if self.across.rank == 0 else None
+        self.guards = Guards(config.train.guards, trainer.step, config.train.steps, warn)
         if trainer.step < until:
             self._announce_passes()
-            with graceful_stop(self.across.world) as should_stop:
-                hooks = Hooks(self._log_training, self._evaluate, self._save, should_stop, self._sample)
+            with graceful_stop() as signalled, saver:
+                hooks = Hooks(
+                    self._log_training, self._evaluate, self._save, self._should_stop_after(signalled), self._sample
+                )
                 with one_line_without_room(config, self.across, trainer.device, lambda: f"step {trainer.step + 1}"):
                     finished = trainer.fit(self._stream(trainer.step, until), hooks, config.eval.every)
-            if not finished:
-                raise KeyboardInterrupt
+            if not finished and trainer.step < until:
+                raise Stopped
         elif not self.result:
             _log.info("step %d of %d: nothing left to do.", trainer.step, until)
         if self.record is not None:
             self.record.close()
+        if self.progress is not None:
+            self.progress.end(trainer.step)
         distributed.barrier(self.across)
         return self.result
+
+    def _should_stop_after(self, signalled: Callable[[], bool]) -> Callable[[], bool]:
+        """What the trainer asks after each step."""
+        vote = StopVote(self.across, self.trainer.device, signalled, self.asked)
+
+        def should_stop() -> bool:
+            self.watchdog.beat(self.trainer.step)
+            if self.progress is not None and (lost := self.progress.first_step()) is not None:
+                message = "went on %.1f s after the last step before; %d steps were lost and are done again"
+                _log.info(message, lost.seconds, lost.steps)
+                self._sample(self.trainer.step, {"run/lost_steps": lost.steps, "run/lost_s": lost.seconds})
+            return vote()
+
+        return should_stop
 
     def _stream(self, start: int, stop: int, *, truth: bool = False, seed: int | None = None) -> Stream:
         method, batch = self.method, self.config.train.batch
@@ -142,11 +200,11 @@ class _Run:
             skips=self.skips,
         )
 
-    def _resume(self) -> None:
-        """Goes on from the newest whole checkpoint."""
+    def _resume(self) -> Saver:
+        """Goes on from the newest whole checkpoint; what will save the next ones."""
         text = config_io.dump(self.config)
         snapshot, self._snapshot = self._snapshot, None
-        best_miou = checkpoint.best_miou(self.folder)
+        best_miou = retention.best_miou(self.folder)
         self._agree_on(0 if snapshot is None else snapshot.step)
         distributed.barrier(self.across)  # every rank has read the folder before rank 0 writes to it
         if snapshot is not None:
@@ -161,9 +219,15 @@ class _Run:
             if self.folder.exists("result.json"):
                 self.result = json.loads(self.folder.read_bytes("result.json"))
             self._best_miou = best_miou
+            own = snapshot.state.get("best_miou")
+            if own is not None and own > best_miou:  # killed before best.json could name this checkpoint
+                self._best_miou = own
+                if self.across.rank == 0:
+                    retention.mark_best(self.folder, snapshot.step, own)
             _log.info("going on from step %d", self.trainer.step)
         if self.across.rank == 0:
             self.folder.write_bytes("config.yaml", text.encode())
+        return Saver(self.folder, self.across, self.trainer.device, self.config.train.keep)
 
     def _agree_on(self, step: int) -> None:
         """Refuses, on all ranks, that each goes on from another step."""
@@ -218,7 +282,11 @@ class _Run:
 
     def _log_training(self, step: int, metrics: dict[str, float]) -> None:
         """What the trainer has measured, how often the pools have been seen, and how much of them was skipped."""
+        self._saver.check()
         self._agree_on_skips()
+        self.guards.training(step, metrics)
+        if self.progress is not None:
+            self.progress.note(step)
         seen = {"data/skipped": float(len(self.skips))} if self.config.data.on_corrupt == "skip" else {}
         for name, found in self._passes(step).items():
             seen[f"data/{name}_passes"] = step * self._batches[name] / self.pools[name].num_samples
@@ -243,12 +311,12 @@ class _Run:
 
     def _save(self, step: int) -> None:
         self._agree_on_skips()
-        snapshot = self.trainer.snapshot()  # of all ranks: each may hold a part of it
-        if self.across.rank != 0:
-            return
+        self.watchdog.beat()
         now = time.perf_counter()
         self.seconds += now - self._clock
         self._clock = now
+        best = self._best_miou if self._best_step == step else None
+        snapshot = self.trainer.snapshot()  # of all ranks: each may hold a part of it
         snapshot.state |= {
             "seconds": self.seconds,
             "seed": self.config.seed,
@@ -256,24 +324,25 @@ class _Run:
             "skipped": self.skips.as_rows(),
             "classes": list(self.labeled.classes),
             "palette": [list(colour) for colour in self.labeled.palette],
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "best_miou": best,
         }
-        checkpoint.save(self.folder, snapshot)
-        if self._best_step == step:
-            checkpoint.mark_best(self.folder, step, self._best_miou)
-        checkpoint.keep_newest(self.folder, self.config.train.keep, step)
-        assert self.record is not None  # rank 0 has one
-        self.record.flush()
+        if self.record is not None:
+            self.record.flush()  # before the checkpoint: who goes on from it has the numbers up to it
+        self._saver.save(snapshot, best)
+        if self.record is not None:
+            self.record.write(step, {"checkpoint/stopped_s": time.perf_counter() - now})
+        self.watchdog.beat()
 
     def _evaluate(self, step: int) -> bool:
         """Measures the averaged network, at the end the student too; True when it is the best so far."""
         trainer, classes = self.trainer, self.labeled.classes
         metrics: dict[str, float] = {}
 
-        def measure(network: Any) -> torch.Tensor:
+        def measure(network: Any, images: int | None = None) -> torch.Tensor:
             return evaluate(
-                network, self.val, self.config.eval, self.across, trainer.device, precision=trainer.precision
-            )
+                network, self.val, self.config.eval, self.across, trainer.device,
+                precision=trainer.precision, progress=lambda done, total: self.watchdog.beat(), images=images,
+            )  # fmt: skip
 
         way = "Lower eval.batch, or set eval.mode=sliding_window and eval.window"
         with one_line_without_room(self.config, self.across, trainer.device, lambda: "an evaluation", way):
@@ -283,9 +352,18 @@ class _Run:
         accuracy = 100.0 * float(pixel_accuracy(matrix))
         metrics |= {"eval/miou": miou, "eval/pixel_accuracy": accuracy}
         metrics |= {f"eval/iou/{name}": value for name, value in per_class.items()}
-        if trainer.evaluated is not trainer.student and step == self.config.train.steps:
-            metrics["eval/student_miou"] = 100.0 * float(mean_iou(measure(trainer.student)))
+        behind = None
+        if trainer.evaluated is not trainer.student:
+            if step == self.config.train.steps:
+                metrics["eval/student_miou"] = 100.0 * float(mean_iou(measure(trainer.student)))
+                behind = metrics["eval/student_miou"] - miou
+            elif images := self.config.train.guards.images:
+                both = (measure(network, images) for network in (trainer.student, trainer.evaluated))
+                student, averaged = (100.0 * float(mean_iou(found)) for found in both)
+                behind = metrics["eval/average_behind"] = student - averaged
+        self.guards.evaluation(step, matrix, classes, behind)
         metrics |= self._look(step)
+        self.watchdog.beat()
         self.result = {
             "method": self.config.method.name,
             "miou": miou,
@@ -344,28 +422,3 @@ class _Run:
                 entries.append({"title": title, "file": file})
             listing.append({"kind": kind, "key": key, "step": step, "panels": entries})
         self.folder.write_bytes("pictures/pictures.json", json.dumps(listing, indent=1).encode())
-
-
-@contextmanager
-def graceful_stop(world: int = 1) -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C into "finish this step and save"; the second one interrupts at once.
-
-    Only in a single process without Ray: several ranks get the signal in different steps, and Ray's worker, even a lone
-    one, trains outside the main thread, which alone hears signals. Those runs go on from the last checkpoint.
-    """
-    if world > 1 or threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    asked = threading.Event()
-    before = signal.getsignal(signal.SIGINT)
-
-    def stop(number: int, frame: Any) -> None:
-        asked.set()
-        signal.signal(signal.SIGINT, before)
-        _log.warning("stopping after this step; press Ctrl-C again to stop at once")
-
-    signal.signal(signal.SIGINT, stop)
-    try:
-        yield asked.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,87 @@
+"""Ray Train's elastic scaling, held to the numbers of workers that the batches can be spread over.
+
+With `ScalingConfig(num_workers=(min, max))` Ray starts any number between the two that the cluster has room for, and
+restarts the workers without a word when there is room for another number. Here only fitting numbers count, and running
+workers are asked to save and end first, so that no step is lost. Ray's public settings have no place for either:
+`ElasticScalingPolicy` and the hook that hands it to the controller are internal to Ray (2.60); tests/ray runs them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
+
+from raysemi.errors import RaysemiError
+
+_PAUSE_S = 0.5
+
+
+class FittingSizes(ElasticScalingPolicy):  # type: ignore[misc]  # Ray gives it no types
+    """How many workers run; lives in Ray Train's controller.
+
+    Args:
+        scaling: Ray's, with (min, max).
+        sizes: numbers of workers that fit.
+        board: the actor that workers ask whether to end.
+        start_timeout_s: longest wait for the room for the smallest number.
+    """
+
+    def __init__(self, scaling: Any, sizes: Sequence[int], board: Any, start_timeout_s: float) -> None:
+        super().__init__(scaling)
+        self._sizes = sizes
+        self._board = board
+        self._start_timeout_s = start_timeout_s
+        self._waiting_since: float | None = None
+
+    def _count_possible_workers(self, reserved_resources: Any) -> int:
+        possible = super()._count_possible_workers(reserved_resources)
+        return max((size for size in self._sizes if size <= possible), default=0)
+
+    def make_decision_for_non_running_worker_group(self) -> Any:
+        """Starts the largest number there is room for."""
+        decision = super().make_decision_for_non_running_worker_group()
+        if not isinstance(decision, NoopDecision):
+            self._waiting_since = None
+            return decision
+        self._waiting_since = self._waiting_since or time.monotonic()
+        if time.monotonic() - self._waiting_since > self._start_timeout_s:
+            raise RaysemiError(no_room(self._sizes[0], self._start_timeout_s))
+        time.sleep(_PAUSE_S)  # Ray asks again at once
+        return decision
+
+    def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
+        """Asks the workers to save and end where there is room for another number."""
+        decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
+        if isinstance(decision, ResizeDecision):
+            self._board.ask.remote(f"there is room for {decision.num_workers} workers")
+            return NoopDecision()
+        return decision
+
+
+class ElasticTrainer(TorchTrainer):  # type: ignore[misc]
+    """TorchTrainer whose controller has the policy above.
+
+    Args:
+        sizes, board, start_timeout_s: of the policy.
+        settings: of TorchTrainer.
+    """
+
+    def __init__(self, *, sizes: Sequence[int], board: Any, start_timeout_s: float, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._policy = FittingSizes(self.scaling_config, sizes, board, start_timeout_s)
+
+    def _initialize_and_run_controller(self, **settings: Any) -> Any:
+        return super()._initialize_and_run_controller(**settings | {"scaling_policy": self._policy})
+
+
+def no_room(workers: int, seconds: float) -> str:
+    """What to say of a cluster on which the workers found no room."""
+    return (
+        f"the cluster must have room for {workers} worker{'s' if workers > 1 else ''} within ray.start_timeout_s, "
+        f"{seconds:g} s; got none. Free CPUs and GPUs, ask for fewer (ray.num_workers, ray.cpus_per_worker), or wait "
+        "longer."
+    )
