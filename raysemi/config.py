@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, model_validator
 
 from raysemi.base import Config
+from raysemi.config_shares import Spread, learner_of, next_multiple, pastes_own
 from raysemi.data.loader import DataConfig
 from raysemi.data.mixture import shares
 from raysemi.engine.evaluate import EvalConfig
 from raysemi.engine.gradients import GradientsConfig
 from raysemi.engine.optim import OptimConfig
 from raysemi.engine.trainer import TrainConfig
+from raysemi.engine.zero import missing
+from raysemi.engine.zero_config import ZeroConfig
 from raysemi.errors import ConfigError
 from raysemi.methods import METHODS
-from raysemi.methods.base import group_size
 from raysemi.methods.weighting import NoWeightingConfig, WeightingConfig
 from raysemi.models.encoders import PATCH
 from raysemi.models.segmentor import ModelConfig
@@ -130,6 +132,11 @@ def broken_rules(parts: Mapping[str, Any]) -> list[str]:
     return faults
 
 
+def spread_of(config: RunConfig, world: int, *, gpu: bool = False) -> Spread:
+    """A run's batch over a number of ranks; `gpu` as in `check_world`."""
+    return Spread(config.train, config.method, config.data, config.model, world, gpu)
+
+
 def check_world(config: RunConfig, world: int, *, gpu: bool = False) -> None:
     """Refuses a number of ranks that the run cannot be spread over.
 
@@ -139,9 +146,12 @@ def check_world(config: RunConfig, world: int, *, gpu: bool = False) -> None:
         gpu: each has a GPU; then BatchNorm is one over several ranks.
 
     Raises:
-        ConfigError: a batch cannot be divided or leaves too few images, or the strategy is for one rank.
+        ConfigError: a batch cannot be divided or leaves too few images, micro-batches would change the steps, the
+            strategy is for one rank, or it needs DeepSpeed, which is not installed.
     """
-    faults = list(_shares(config.train, config.method, config.data, config.model, world, gpu))
+    faults = list(spread_of(config, world, gpu=gpu).faults())
+    if config.train.strategy == "deepspeed" and (fault := missing()):
+        faults.append(fault)
     if faults:
         raise ConfigError(faults)
 
@@ -150,23 +160,14 @@ def fitting_workers(config: RunConfig, settings: RayConfig, *, gpu: bool = False
     """Numbers of workers, of those that `ray.num_workers` allows, that the run can be spread over; ascending."""
     parts = config.train, config.method, config.data, config.model
     allowed = range(settings.min_workers, settings.max_workers + 1)
-    return [world for world in allowed if not list(_shares(*parts, world, gpu))]
-
-
-def uses_unlabeled(method: Any, data: DataConfig) -> bool:
-    """Whether a run of this method on these pools has unlabeled images in its batches."""
-    return data.unlabeled is not None and _learner(method).uses_unlabeled
-
-
-def _learner(method: Any) -> Any:
-    return METHODS[method.name][1]
+    return [world for world in allowed if not list(Spread(*parts, world, gpu).faults())]
 
 
 def _crop_holds_whole_patches(data: DataConfig, model: ModelConfig) -> Iterator[str]:
     if model.name == "dpt" and data.crop % PATCH:
         yield (
             f"data.crop must be a multiple of {PATCH}, the patches of {model.encoder}; got {data.crop}. "
-            f"Set it to {_next_multiple(data.crop, PATCH)} (UniMatch V2: 518, Cityscapes 798)."
+            f"Set it to {next_multiple(data.crop, PATCH)} (UniMatch V2: 518, Cityscapes 798)."
         )
 
 
@@ -174,7 +175,7 @@ def _window_holds_whole_patches(eval: EvalConfig, model: ModelConfig) -> Iterato
     if model.name == "dpt" and eval.window is not None and eval.window % PATCH:
         yield (
             f"eval.window must be a multiple of {PATCH}, the patches of {model.encoder}; got {eval.window}. "
-            f"Set it to {_next_multiple(eval.window, PATCH)} (UniMatch V2 on Cityscapes: 798)."
+            f"Set it to {next_multiple(eval.window, PATCH)} (UniMatch V2 on Cityscapes: 798)."
         )
 
 
@@ -193,7 +194,7 @@ def _pools_are_named(data: DataConfig, method: Any) -> Iterator[str]:
                 f"data.{name} must name a pool; got nothing. Make pools with `raysemi pack ... --out DIR` and add "
                 "data.pools=DIR (short for its three pools)."
             )
-    learner = _learner(method)
+    learner = learner_of(method)
     if learner.uses_unlabeled and data.unlabeled is None and not learner.unlabeled_optional:
         yield (
             f"data.unlabeled must name a pool for method {method.name}; got nothing. "
@@ -203,7 +204,7 @@ def _pools_are_named(data: DataConfig, method: Any) -> Iterator[str]:
 
 def _teacher_has_statistics(method: Any) -> Iterator[str]:
     average = getattr(method, "average", None)
-    if average is not None and average.buffers == "own" and not _learner(method).trains_teacher_statistics:
+    if average is not None and average.buffers == "own" and not learner_of(method).trains_teacher_statistics:
         yield (
             f"method.average.buffers must be averaged for method {method.name}, which makes no pass that would move "
             "the copy's own statistics; got own. Remove it."
@@ -219,12 +220,12 @@ def _may_be_weighted(weighting: Any, method: Any, model: ModelConfig, data: Data
         yield (
             f"weighting.k must be at most {what}, {model.penultimate_channels}; got {weighting.k}. Lower it, or {way}."
         )
-    if not _learner(method).weighted:
+    if not learner_of(method).weighted:
         yield (
             f"weighting.name must be none, since method {method.name} has no pseudo-labels to weigh; got "
             f"{weighting.name}. Set weighting=none, or take a method that has some."
         )
-    elif data.unlabeled is None and _learner(method).unlabeled_optional:
+    elif data.unlabeled is None and learner_of(method).unlabeled_optional:
         yield (
             f"weighting.name must be none in a run without unlabeled images, which has no pseudo-labels; got "
             f"{weighting.name}. Set weighting=none, or data.unlabeled."
@@ -234,7 +235,7 @@ def _may_be_weighted(weighting: Any, method: Any, model: ModelConfig, data: Data
             f"method.compat.partner_eval must be false with weighting {weighting.name}, whose weights belong to the "
             "labels of the pass in train mode; got true. Set it to false, or weighting=none."
         )
-    if not _pastes_own(method):
+    if not pastes_own(method):
         yield (
             f"method.cutmix.partner must be pair with weighting {weighting.name}, since what another view pastes has "
             f"no weights; got {method.cutmix.partner}. Set it to pair, or weighting=none."
@@ -268,7 +269,7 @@ def _mixture_fits_batch(data: DataConfig, train: TrainConfig) -> Iterator[str]:
 
 
 def _two_sides(gradients: GradientsConfig, method: Any, data: DataConfig) -> Iterator[str]:
-    learner = _learner(method)
+    learner = learner_of(method)
     if not learner.uses_unlabeled:
         why, way = f"method {method.name}", "another method"
     elif data.unlabeled is None and learner.unlabeled_optional:
@@ -282,6 +283,34 @@ def _two_sides(gradients: GradientsConfig, method: Any, data: DataConfig) -> Ite
         yield f"gradients.measure_every must be 0, {one}; got {gradients.measure_every}. Set it to 0, or {way}."
 
 
+def _zero_fits(train: TrainConfig, gradients: GradientsConfig) -> Iterator[str]:
+    if train.strategy != "deepspeed":
+        if train.zero != ZeroConfig():
+            yield (
+                f"train.strategy must be deepspeed with settings of train.zero; got {train.strategy}. Set it to "
+                "deepspeed, or remove train.zero."
+            )
+        return
+    if train.zero.stage < 3:
+        return
+    both = "since its weights are gone when the second side's gradient asks for them"
+    if gradients.name == "pareto":
+        yield (
+            f"gradients.name must be uniform or fixed with train.zero.stage=3, {both}; got pareto. Set "
+            "train.zero.stage=2, which spreads everything but the weights themselves."
+        )
+    if gradients.measure_every:
+        yield (
+            f"gradients.measure_every must be 0 with train.zero.stage=3, {both}; got {gradients.measure_every}. Set it "
+            "to 0, or train.zero.stage to 2."
+        )
+    if train.compile:
+        yield (
+            "train.compile must be false with train.zero.stage=3, whose layers fetch their weights while they run; got "
+            "true. Set it to false, or train.zero.stage to 2."
+        )
+
+
 def _ranks_fit(
     train: TrainConfig, method: Any, data: DataConfig, model: ModelConfig, ray: RayConfig | Literal["none"]
 ) -> Iterator[str]:
@@ -289,10 +318,10 @@ def _ranks_fit(
         return
     gpu = ray.use_gpu is not False  # `auto` is known when the workers are; here it may still mean GPUs
     if isinstance(ray.num_workers, int):
-        yield from _shares(train, method, data, model, ray.num_workers, gpu)
+        yield from Spread(train, method, data, model, ray.num_workers, gpu).faults()
         return
     found = {
-        world: next(_shares(train, method, data, model, world, gpu), None)
+        world: next(iter(Spread(train, method, data, model, world, gpu).faults()), None)
         for world in range(ray.min_workers, ray.max_workers + 1)
     }
     wrong = next((fault for world in ray.num_workers if (fault := found[world]) is not None), None)
@@ -302,73 +331,6 @@ def _ranks_fit(
             f"ray.num_workers must begin and end with a number of workers that fits the batches; got "
             f"{list(ray.num_workers)}, of which fit: {fitting}. Change it, or the batches: {wrong}"
         )
-
-
-def _shares(
-    train: TrainConfig, method: Any, data: DataConfig, model: ModelConfig, world: int, gpu: bool
-) -> Iterator[str]:
-    if train.strategy == "single" and world > 1:
-        yield f"train.strategy must be ddp on {world} ranks; got single. Set train.strategy=auto or use one rank."
-    labeled, unlabeled = train.batch.labeled, train.batch.unlabeled
-    if labeled % world:
-        yield (
-            f"train.batch.labeled must be divisible by the number of ranks, {world}; got {labeled}. "
-            f"Set it to {_next_multiple(labeled, world)}, or use another number of ranks."
-        )
-    one_norm = gpu and world > 1  # SyncBatchNorm: only several GPUs have it
-    normalises = model.batch_norm == "train" and model.name != "dpt"  # which has no BatchNorm
-    # a method may begin with the labeled images alone
-    joined = uses_unlabeled(method, data) and not getattr(method, "warmup_periods", 0)
-    if labeled == world and normalises and not (joined or one_norm):
-        yield (
-            "train.batch.labeled must give each rank at least 2 images, since BatchNorm cannot normalise the decoder's "
-            f"pooled branch over one value; got 1. Set it to {2 * world}, use fewer ranks or "
-            "set model.batch_norm=frozen."
-        )
-    # CutMix partners are neighbouring slots and stay on one rank: an odd share would tear a pair apart.
-    if not uses_unlabeled(method, data):
-        return
-    if hasattr(method, "group"):
-        yield from _groups(method.group, unlabeled, world)
-    elif not _mixes_pairs(method):
-        if unlabeled % world:
-            yield (
-                f"train.batch.unlabeled must be divisible by the number of ranks, {world}; got {unlabeled}. Set it to "
-                f"{_next_multiple(unlabeled, world)}, or use another number of ranks."
-            )
-    elif unlabeled % (2 * world):
-        yield (
-            f"train.batch.unlabeled must be divisible by twice the number of ranks, 2 x {world}, since neighbouring "
-            f"images are mixed in pairs; got {unlabeled}. Set it to {_next_multiple(unlabeled, 2 * world)}, or use "
-            "another number of ranks."
-        )
-
-
-def _mixes_pairs(method: Any) -> bool:
-    return _learner(method).mixes and _pastes_own(method)
-
-
-def _pastes_own(method: Any) -> bool:
-    """Whether what is pasted comes from the batch's own views, not from another view of each image."""
-    return getattr(getattr(method, "cutmix", None), "pairs", True)
-
-
-def _groups(group: int | None, unlabeled: int, world: int) -> Iterator[str]:
-    size = max(2, group_size(group, unlabeled))  # a single image has no partner
-    if unlabeled % (size * world) == 0:
-        return
-    share = unlabeled // world
-    fitting = [s for s in range(2, min(share, size) + 1) if unlabeled % (s * world) == 0]
-    other = f"method.group={fitting[-1]} or " if fitting else ""
-    yield (
-        f"method.group must divide the unlabeled images of each rank, since images are mixed within groups; got {size}"
-        f"{'' if group else ' (the default)'} for train.batch.unlabeled={unlabeled} on {world} rank"
-        f"{'s' if world > 1 else ''}. Set {other}train.batch.unlabeled={_next_multiple(unlabeled, size * world)}."
-    )
-
-
-def _next_multiple(value: int, of: int) -> int:
-    return -(-value // of) * of
 
 
 _SECRET = re.compile(r"://[^/@\s]*:[^/@\s]+@|[?&](secret_key|access_key|password|token|session_token)=", re.IGNORECASE)
@@ -390,6 +352,7 @@ def _secrets(path: str, value: Any) -> Iterator[str]:
 
 _RULES = (
     *(_stop_within_steps, _pools_are_named, _teacher_has_statistics, _may_be_weighted, _two_sides, _ranks_fit),
+    _zero_fits,
     *(_crop_holds_whole_patches, _window_holds_whole_patches, _auxiliary_has_a_map, _correlation_has_a_map),
     _mixture_fits_batch,
 )

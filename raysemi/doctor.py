@@ -8,7 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,7 +53,7 @@ def examine(path: str | Path = ".", *, start_ray: bool = True) -> list[Finding]:
     ]
     if start_ray and findings[-1].state == "ok":
         findings.append(_ray_starts())
-    return [*findings, _cores(), _memory(), _shared_memory(), _disk(Path(path)), _open_files()]
+    return [*findings, _deepspeed(), _cores(), _memory(), _shared_memory(), _disk(Path(path)), _open_files()]
 
 
 def as_json(findings: list[Finding]) -> dict[str, Any]:
@@ -69,6 +69,11 @@ def _package(name: str, advice: str) -> Finding:
         return Finding(name, "ok", importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
         return Finding(name, "missing", "not installed", advice)
+
+
+def _deepspeed() -> Finding:
+    found = _package("deepspeed", "Only train.strategy=deepspeed needs it: `pip install 'raysemi[deepspeed]'`.")
+    return replace(found, state="ok") if found.state == "missing" else found
 
 
 def _devices() -> Finding:

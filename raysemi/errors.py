@@ -36,5 +36,17 @@ class CheckpointError(RaysemiError, RuntimeError):
     """A checkpoint or a run folder is broken, or does not belong to this run."""
 
 
+class OutOfMemory(RaysemiError, MemoryError):
+    """A step needs more memory than there is; no mistake in a setting, but made again it would fail again."""
+
+
+class CheckpointFailure(CheckpointError):
+    """Reading or writing a run folder failed for what is no mistake in it (no answer of a store, no permission)."""
+
+
+class NoRoom(CheckpointFailure):
+    """The disk of a run folder is full: trying again would end alike."""
+
+
 class TrainingError(RaysemiError):
     """A run cannot go on as it is, however often it is begun again from its checkpoint."""

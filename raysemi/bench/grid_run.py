@@ -11,11 +11,10 @@ import traceback
 from pathlib import Path
 
 from raysemi import config_io
-from raysemi.bench import memory
 from raysemi.bench.grid import Cell, GridRun
 from raysemi.bench.step import passes_of_a_step
 from raysemi.config import RunConfig
-from raysemi.engine import distributed
+from raysemi.engine import distributed, memory
 from raysemi.errors import RaysemiError
 from raysemi.launch.terminal import TrainingProgress, log_to_stderr
 from raysemi.launch.train import launch

@@ -21,17 +21,16 @@ from typing import Any, NamedTuple
 import torch
 
 from raysemi import config_io
-from raysemi.bench import memory
 from raysemi.bench.passes import Floor, Pass, record
 from raysemi.config import RunConfig
 from raysemi.data.loader import Stream
 from raysemi.data.pack import pack
 from raysemi.data.sources.scenes import Scenes
 from raysemi.data.types import HostBatch
-from raysemi.engine import distributed
+from raysemi.engine import distributed, memory
 from raysemi.engine.trainer import Trainer
 from raysemi.launch.restore import build
-from raysemi.methods.base import Method, SingleRank
+from raysemi.methods.base import AcrossRanks, Method, SingleRank
 from raysemi.models.encoders import DINOV2
 
 GOALS = {
@@ -224,19 +223,21 @@ class StepBench:
     Args:
         config: a run of `_STEPS` steps; its pools are not opened.
         threads: of torch; None: as they are.
+        across: the ranks that share its batch.
     """
 
-    def __init__(self, config: RunConfig, threads: int | None = None) -> None:
+    def __init__(self, config: RunConfig, threads: int | None = None, across: AcrossRanks | None = None) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
         self.device = distributed.local_device()
+        across = SingleRank() if across is None else across
         student, method = build(config, CLASSES)
         self.trainer = Trainer(
             student, method, config.train, config.optim,
-            across=SingleRank(), device=self.device, period=_PERIOD, seed=config.seed, gradients=config.gradients,
+            across=across, device=self.device, period=_PERIOD, seed=config.seed, gradients=config.gradients,
         )  # fmt: skip
         self.trainer.step = _STEP
-        self.hosts = _drawn_batches(config, method, pinned=self.device.type == "cuda")
+        self.hosts = _drawn_batches(config, method, across, pinned=self.device.type == "cuda")
 
     @property
     def device_name(self) -> str:
@@ -263,16 +264,17 @@ class StepBench:
         return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
 
 
-def _drawn_batches(config: RunConfig, method: Method, *, pinned: bool) -> list[HostBatch]:
-    """Batches of drawn scenes as large as the crop, through the real stream."""
+def _drawn_batches(config: RunConfig, method: Method, across: AcrossRanks, *, pinned: bool) -> list[HostBatch]:
+    """This rank's share of batches of drawn scenes as large as the crop, through the real stream."""
     batch = config.train.batch
     num = 2 * max(batch.labeled, batch.unlabeled)
     with tempfile.TemporaryDirectory() as folder:
         scenes = Scenes(train=num + batch.labeled, val=1, size=max(config.data.crop, 32))
         pools = pack(scenes, Path(folder), split=batch.labeled, pools=("labeled", "unlabeled"), processes=1)
         stream = Stream(
-            config.data, pools, config.seed, batch.labeled, batch.unlabeled, 0, 1, method.strong_views,
-            method.second_view, _STEP, _STEP + _BATCHES, pinned=pinned, strong=method.strong, given=method.given,
+            config.data, pools, config.seed, batch.labeled, batch.unlabeled, across.rank, across.world,
+            method.strong_views, method.second_view, _STEP, _STEP + _BATCHES, pinned=pinned, strong=method.strong,
+            given=method.given,
         )  # fmt: skip
         return list(stream)
 

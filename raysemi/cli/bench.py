@@ -1,4 +1,4 @@
-"""Verbs of `raysemi bench`: `step`, `data`, `grid`."""
+"""Verbs of `raysemi bench`: `step`, `scale`, `data`, `grid`."""
 
 from __future__ import annotations
 
@@ -76,6 +76,36 @@ def bench_step(
     else:
         print_table(*result.passes_table())
         typer.echo(result.summary())
+
+
+@app.command("scale")
+def bench_scale(
+    method: Annotated[str, typer.Option(help="As in `raysemi methods`.")] = "fixmatch",
+    *,
+    backbone: Annotated[str, typer.Option(help="model.encoder; its weights are random.")] = "resnet50",
+    crop: Annotated[int, typer.Option(min=1, help="Side of the images, pixels.")] = 321,
+    batch: Annotated[int, typer.Option(min=1, help="Labeled images of a rank's step, and as many unlabeled ones.")] = 2,
+    ranks: Annotated[int, typer.Option(min=2, help="Processes on this machine.")] = 2,
+    weighting: Annotated[str, typer.Option(help="none or rank.")] = "none",
+    gradients: Annotated[str, typer.Option(help="uniform, fixed or pareto.")] = "uniform",
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each rank.")] = 1,
+    turns: Annotated[int, typer.Option(min=1, help="Times that each way is measured.")] = 15,
+    override: Annotated[list[str] | None, typer.Option(help="A setting a.b=value of the run; may be repeated.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time a step of several ranks against a step of one, with the same work a rank, and count what they tell.
+
+    raysemi bench scale --method derprop --backbone resnet50 --crop 321 --batch 2
+    """
+    from raysemi.bench.scale import measure_scale
+    from raysemi.bench.step import StepSettings
+
+    settings = StepSettings(
+        method, backbone, crop, batch, weighting, gradients, threads=threads, overrides=tuple(override or [])
+    )
+    with Bar("turns") as bar:
+        result = measure_scale(settings, ranks, turns, bar)
+    typer.echo(json.dumps(result.as_json()) if as_json else result.summary())
 
 
 @app.command("data")

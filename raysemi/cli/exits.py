@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from raysemi.errors import CheckpointError, ConfigError, DataError, DataFailure, RaysemiError
+from raysemi.errors import CheckpointError, CheckpointFailure, ConfigError, DataError, DataFailure, RaysemiError
 
 MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130
 """Exit codes: the user's mistake, a failure, Ctrl-C."""
@@ -35,8 +35,7 @@ class Commands(typer.core.TyperGroup):
 
 def exit_code(error: RaysemiError) -> int:
     """2 for what the user can set right, 1 for what failed around it (a full disk, a dead worker)."""
-    from_system = isinstance(error, CheckpointError) and isinstance(error.__cause__, OSError)
-    failure = isinstance(error, DataFailure) or from_system or _for_want_of_room(error)
+    failure = isinstance(error, DataFailure | CheckpointFailure) or _for_want_of_room(error)
     mistake = isinstance(error, ConfigError | DataError | CheckpointError) and not failure
     return MISTAKE if mistake else FAILURE
 

@@ -1,47 +1,28 @@
 """The stream of a run: labeled and unlabeled samples of each step, decoded, cropped and stacked for one rank.
 
 A batch is a pure function of (pools, seed, step, global batch, rank, world): loader processes change the speed, no bit.
-Axes: L labeled, U unlabeled images of this rank, V strong views, N boxes of an image, S side of the crop.
 """
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Generator, Iterable, Iterator, Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Discriminator, Field, Tag, field_validator
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from raysemi.base import Config, choices
-from raysemi.data.ahead import Ahead, Payloads
 from raysemi.data.boxes import PoolBoxes
 from raysemi.data.joined import AnyPool
-from raysemi.data.mixture import order_of
-from raysemi.data.pool import NOT_ANNOTATED
-from raysemi.data.reader import Reader, Sample, Skipped
 from raysemi.data.skips import Skips
+from raysemi.data.steps import Fault, Steps
 from raysemi.data.store import StoreConfig
 from raysemi.data.types import HostBatch, StrongViews
-from raysemi.data.views import (
-    FAMILIES,
-    Geometry,
-    ViewsConfig,
-    draw_any_size,
-    draw_box,
-    draw_geometry,
-    generator,
-    label_view,
-    valid_view,
-    weak_view,
-)
-from raysemi.errors import ConfigError, DataError, DataFailure, RaysemiError
-
-_TABLE_STEPS = 64  # steps whose rows are looked up together
+from raysemi.data.views import ViewsConfig
+from raysemi.errors import ConfigError, DataError, DataFailure
 
 
 class WeightedPool(Config):
@@ -206,7 +187,7 @@ class Stream:
                 )
         shared = dict(zip(used, self._pools, strict=True))
         family = config.views.strong or strong
-        self._steps = _Steps(
+        self._steps = Steps(
             config, shared, seed, batches, rank, world, strong_views, second_view, with_truth, family, given, boxes
         )
 
@@ -255,7 +236,7 @@ class Stream:
             if made is None:
                 return
             batch, skipped = made
-            if isinstance(batch, _Fault):
+            if isinstance(batch, Fault):
                 raise batch.error from batch.cause
             self.skips.add(skipped)
             if self._alone:
@@ -266,227 +247,6 @@ class Stream:
     def corrupt(self) -> int:
         """Different corrupt samples that have been skipped."""
         return len(self.skips)
-
-
-class _Fault(NamedTuple):
-    """An error on its way out of a loader process, which alone would lose its cause there."""
-
-    error: RaysemiError
-    cause: BaseException | None
-
-
-class _Fetched(NamedTuple):
-    """A step on its way into a loader process, with the bytes of remote pools that it needs, or the error instead."""
-
-    step: int
-    payloads: dict[str, Payloads]
-    fault: _Fault | None
-
-
-class _Steps(Dataset[Any]):
-    """Step -> (batch or the error that it met, what was skipped). Errors travel as values: their text stays."""
-
-    def __init__(
-        self,
-        config: DataConfig,
-        pools: Mapping[str, AnyPool],
-        seed: int,
-        batches: Mapping[str, int],
-        rank: int,
-        world: int,
-        strong_views: int,
-        second_view: bool,
-        with_truth: bool,
-        strong: StrongViews,
-        given: float,
-        boxes: PoolBoxes | None,
-    ) -> None:
-        self.config, self.seed, self.strong = config, seed, strong
-        self.given, self.boxes = given, boxes
-        self.strong_views, self.second_view, self.with_truth = strong_views, second_view, with_truth
-        self.readers = {name: Reader(pool, config.on_corrupt) for name, pool in pools.items()}
-        self.orders = {name: order_of(pool, seed, batches[name]) for name, pool in pools.items()}
-        self.slots = {name: (rank * batches[name] // world, (rank + 1) * batches[name] // world) for name in pools}
-
-    def __getitem__(self, step: int | _Fetched) -> tuple[HostBatch | _Fault, tuple[Skipped, ...]]:
-        skipped: list[Skipped] = []
-        if isinstance(step, _Fetched):
-            if step.fault is not None:
-                return step.fault, ()
-            for name, payloads in step.payloads.items():
-                self.readers[name].given = payloads
-            step = step.step
-        try:
-            return self._batch(step, skipped), tuple(skipped)
-        except RaysemiError as error:
-            return _Fault(error, error.__cause__), ()
-
-    def _batch(self, step: int, skipped: list[Skipped]) -> HostBatch:
-        side, views, family = self.config.crop, self.strong_views, FAMILIES[self.strong]
-        image_L3HW, label_LHW, keys_L, slots_L = [], [], [], self._slots("labeled")
-        given_L3HW, given_label_LHW = [], []
-        for sample, number in self._samples("labeled", step, True, skipped):
-            geometry = self._geometry(sample, number, "geometry")
-            image_L3HW.append(weak_view(sample.image, geometry))
-            assert sample.mask is not None
-            label_LHW.append(label_view(sample.mask, geometry))
-            keys_L.append(sample.key)
-            if self.given > 0.0:
-                image_3HW, given_label_HW = self._another(sample.key, number, skipped)
-                given_L3HW.append(image_3HW)
-                given_label_LHW.append(given_label_HW)
-
-        slots_U = self._slots("unlabeled")
-        num = len(slots_U)
-        weak_U3HW, valid_UHW, truth_UHW, second_U3HW, second_valid_UHW, keys_U = [], [], [], [], [], []
-        boxes_VU4 = np.zeros((views, num, 4), dtype=np.int64)
-        photometric_VUP = np.zeros((views, num, len(family.PARAMETERS)), dtype=np.float32)
-        second_UP = np.zeros((num, len(family.PARAMETERS)), dtype=np.float32)
-        found_UN5: list[NDArray[np.float32]] = []
-        for u, (sample, number) in enumerate(self._samples("unlabeled", step, self.with_truth, skipped)):
-            draws = (self.seed, number, sample.key)
-            geometry = self._geometry(sample, number, "geometry")
-            weak_U3HW.append(weak_view(sample.image, geometry))
-            valid_UHW.append(valid_view(geometry))
-            keys_U.append(sample.key)
-            if self.boxes is not None:
-                found_UN5.append(self.boxes.view(sample.row, geometry))
-            for v in range(views):
-                photometric_VUP[v, u] = family.draw(generator(*draws, f"photometric {v}"), self.config.views)
-                if not self.with_truth:
-                    boxes_VU4[v, u] = draw_box(generator(*draws, f"cutmix {v}"), self.config.views, side)
-            if sample.mask is not None:
-                truth_UHW.append(label_view(sample.mask, geometry))
-            if self.second_view:
-                geometry = self._geometry(sample, number, "second geometry")
-                second_U3HW.append(weak_view(sample.image, geometry))
-                second_valid_UHW.append(valid_view(geometry))
-                second_UP[u] = family.draw(generator(*draws, "second photometric"), self.config.views)
-
-        plane = (side, side)
-        return HostBatch(
-            step=step,
-            image_L3HW=_pictures(image_L3HW, side),
-            label_LHW=_stack(label_LHW, plane, np.uint8),
-            slots_L=slots_L,
-            keys_L=tuple(keys_L),
-            weak_U3HW=_pictures(weak_U3HW, side),
-            valid_UHW=_stack(valid_UHW, plane, np.bool_),
-            slots_U=slots_U,
-            keys_U=tuple(keys_U),
-            boxes_VU4=torch.from_numpy(boxes_VU4),
-            photometric_VUP=torch.from_numpy(photometric_VUP),
-            second_weak_U3HW=_pictures(second_U3HW, side) if self.second_view else None,
-            second_valid_UHW=_stack(second_valid_UHW, plane, np.bool_) if self.second_view else None,
-            second_photometric_UP=torch.from_numpy(second_UP) if self.second_view else None,
-            given_L3HW=_pictures(given_L3HW, side) if self.given > 0.0 else None,
-            given_label_LHW=_stack(given_label_LHW, plane, np.uint8) if self.given > 0.0 else None,
-            truth_UHW=_stack(truth_UHW, plane, np.uint8) if self.with_truth else None,
-            strong=self.strong,
-            found_UN5=_stack(found_UN5, (self.boxes.most, 5), np.float32) if self.boxes is not None else None,
-        )
-
-    def fetched(self, start: int, stop: int) -> Generator[_Fetched, None, None] | None:
-        """The steps with the bytes that they need; None where all pools lie on this machine.
-
-        The process that trains reads ahead for all its loader processes: only it sees every step, so that the bytes of
-        neighbours come by one request, and no other process needs connections of its own.
-        """
-        remote = [name for name, reader in self.readers.items() if not reader.pool.local]
-        return self._fetched(remote, start, stop) if remote else None
-
-    def _fetched(self, remote: list[str], start: int, stop: int) -> Generator[_Fetched, None, None]:
-        pools = {name: self.readers[name].pool for name in remote}
-        budgets = _shares({name: pool.num_bytes for name, pool in pools.items()}, self.config.store.prefetch_bytes)
-        masks = {"labeled": True, "unlabeled": self.with_truth}
-        ahead = {
-            name: Ahead(pool, self._needs(name, start, stop), masks[name], budgets[name])
-            for name, pool in pools.items()
-        }
-        try:
-            for step in range(start, stop):
-                try:
-                    fetched = _Fetched(step, {name: one.take() for name, one in ahead.items()}, None)
-                except RaysemiError as error:
-                    fetched = _Fetched(step, {}, _Fault(error, error.__cause__))
-                yield fetched
-                if fetched.fault is not None:
-                    return
-        finally:
-            for one in ahead.values():
-                one.close()
-
-    def _needs(self, name: str, start: int, stop: int) -> Iterator[list[int]]:
-        """Rows of this rank in each step, with those that are pasted from."""
-        pool = self.readers[name].pool
-        for first in range(start, stop, _TABLE_STEPS):
-            last = min(first + _TABLE_STEPS, stop)
-            for rows, numbers in zip(*self.orders[name].table(first, last, *self.slots[name]), strict=True):
-                needed: list[int] = rows.tolist()
-                if name == "labeled" and self.given > 0.0:
-                    pairs = zip(list(needed), numbers.tolist(), strict=True)
-                    others = (self._other(pool.key(row), number)[1] for row, number in pairs)
-                    needed += [row for row in others if row is not None]
-                yield needed
-
-    def _slots(self, name: str) -> torch.Tensor:
-        return torch.arange(*self.slots.get(name, (0, 0)))
-
-    def _samples(self, name: str, step: int, with_mask: bool, skipped: list[Skipped]) -> Iterator[tuple[Sample, int]]:
-        if name not in self.readers:
-            return
-        for row, number in zip(*self.orders[name].slots(step, *self.slots[name]), strict=True):
-            sample = self.readers[name].sample(int(row), with_mask)
-            skipped.extend(sample.skipped)
-            yield sample, int(number)
-
-    def _another(self, key: str, number: int, skipped: list[Skipped]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """View and label of any labeled sample, drawn with the sample that it is given to; or nothing but padding."""
-        side = self.config.crop
-        rng, row = self._other(key, number)
-        if row is None:
-            return np.zeros((3, side, side), np.uint8), np.full((side, side), NOT_ANNOTATED, np.uint8)
-        sample = self.readers["labeled"].sample(row, with_mask=True)
-        skipped.extend(sample.skipped)
-        width, height = sample.image.size
-        geometry = draw_any_size(rng, self.config.views, height, width, side)
-        assert sample.mask is not None
-        return weak_view(sample.image, geometry), label_view(sample.mask, geometry)
-
-    def _other(self, key: str, number: int) -> tuple[np.random.Generator, int | None]:
-        """Row of the labeled sample that another is given, or None; and the generator that goes on to its view."""
-        rng = generator(self.seed, number, key, "given")
-        comes, which = rng.random(2)
-        return rng, int(which * self.readers["labeled"].pool.num_samples) if comes < self.given else None
-
-    def _geometry(self, sample: Sample, number: int, name: str) -> Geometry:
-        width, height = sample.image.size
-        rng = generator(self.seed, number, sample.key, name)
-        return draw_geometry(rng, self.config.views, height, width, self.config.crop)
-
-
-def _stack(arrays: list[NDArray[Any]], shape: tuple[int, ...], kind: type[np.generic]) -> torch.Tensor:
-    stacked = np.empty((len(arrays), *shape), dtype=kind)
-    for i, array in enumerate(arrays):
-        stacked[i] = array
-    return torch.from_numpy(stacked)
-
-
-def _pictures(views: list[NDArray[np.uint8]], side: int) -> torch.Tensor:
-    """uint8 [n, 3, S, S], in memory pixel by pixel as the views are: to turn them takes as long as half a resize."""
-    stacked = np.empty((len(views), side, side, 3), dtype=np.uint8)
-    for i, view in enumerate(views):
-        stacked[i] = view.transpose(1, 2, 0)
-    return torch.from_numpy(stacked).permute(0, 3, 1, 2)
-
-
-def _shares(sizes: dict[str, int], budget: int) -> dict[str, int]:
-    """Each pool's part of the budget: a small one takes what it can use, the largest the rest."""
-    shares: dict[str, int] = {}
-    for left, name in zip(range(len(sizes), 0, -1), sorted(sizes, key=sizes.__getitem__), strict=True):
-        shares[name] = budget if left == 1 else min(budget // left, 2 * sizes[name])
-        budget -= shares[name]
-    return shares
 
 
 def _unchanged(made: Any) -> Any:

@@ -145,7 +145,11 @@ class StorePath:
         return io.BytesIO(self.read_bytes())
 
     def upload(self, file: IO[bytes]) -> None:
-        """Store a local file here, tried again until the store's deadline. Seen when it is complete, not before."""
+        """Store a local file here, tried again until the store's deadline. Seen when it is complete, not before.
+
+        Raises:
+            OSError: the store refuses it, does not answer, or has kept other bytes.
+        """
         filesystem = self._store.filesystem
 
         def once() -> None:
@@ -165,6 +169,9 @@ class StorePath:
                 raise
 
         filesystem.handler.patient(once, self._inside)
+        sent, kept = file.seek(0, os.SEEK_END), filesystem.get_file_info(self._inside).size
+        if kept != sent:  # some servers store the frames of an upload in chunks as if they were content
+            raise OSError(f"{kept} bytes in the store where {sent} were sent")
 
     def mkdir(self, *, parents: bool, exist_ok: bool) -> None:
         """Make a folder seen that nothing is in yet."""

@@ -117,8 +117,13 @@ class Reader:
         """
         return self._mask(self._row(row_index))
 
-    def sample(self, row_index: int, with_mask: bool = False) -> Sample:
+    def sample(self, row_index: int, with_mask: bool = False, row: Row | None = None) -> Sample:
         """A decoded sample, or, where it is corrupt and `on_corrupt` is `skip`, another one instead.
+
+        Args:
+            row_index: of the index.
+            with_mask: whether its mask is wanted too.
+            row: what the index says of it, where the caller has looked it up.
 
         Raises:
             DataError: as `image` and `mask`; with `skip` only when many in a row are corrupt, or a shard is missing.
@@ -126,7 +131,7 @@ class Reader:
         skipped: list[Skipped] = []
         tried = row_index
         while True:
-            row = self._row(tried)
+            row = self._row(tried) if row is None else row
             try:
                 picture = self._picture(row)
                 mask = self._mask(row) if with_mask else None
@@ -142,6 +147,7 @@ class Reader:
                     ) from error
             seed = f"{self.pool.digest}/{row_index}/{len(skipped)}".encode()
             tried = int.from_bytes(hashlib.blake2b(seed, digest_size=8).digest(), "little") % self.pool.num_samples
+            row = None
 
     def _picture(self, row: Row) -> Image.Image:
         picture = self._decoded(row, row.image_offset, row.image_bytes, row.image_crc32, "image", FORMATS)

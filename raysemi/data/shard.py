@@ -144,19 +144,24 @@ def write_shard(
     return ShardDone(len(plan.entries))
 
 
-def read_part(plan: ShardPlan) -> tuple[Shard, list[dict[str, Any]]] | None:
-    """The shard and its rows when it was written before and is still what the plan says; otherwise None.
+def read_part(plan: ShardPlan) -> tuple[Shard, list[dict[str, Any]]] | str:
+    """The shard and its rows when it was written before and is still what the plan says; otherwise what was found.
 
     Raises:
         DataError: the disk or the store does not tell.
     """
     try:
         part = json.loads(plan.part.read_bytes())
-        if part["fingerprint"] != plan.fingerprint or plan.path.stat().st_size != part["bytes"]:
-            return None
+        if part["fingerprint"] != plan.fingerprint:
+            return f"{plan.part} of other samples or settings"
+        size = plan.path.stat().st_size
+        if size != part["bytes"]:
+            return f"{size} bytes instead of {part['bytes']}"
         return Shard(plan.path.name, len(part["rows"]), part["bytes"], part["sha256"]), part["rows"]
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        return None
+    except FileNotFoundError as error:
+        return f"nothing there ({error})"
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        return f"{plan.part} with other content than was written ({error!r})"
     except OSError as error:
         raise unreadable(str(plan.part), error) from error
 
@@ -186,12 +191,11 @@ def finish_pool(
 
     def rows() -> Iterator[dict[str, Any]]:
         for plan, read in read_ahead(read_part, plans, remote=isinstance(folder, StorePath)):
-            part = read() or _seen_late(plan, patience)
-            if part is None:
+            part = _seen(plan, read(), patience)
+            if isinstance(part, str):
                 everywhere = " and --out be one folder for all machines" if patience else ""
                 raise DataError(
-                    f"{plan} must stay until its pool is done{everywhere}; it has changed or is not here. Run the "
-                    f"command again."
+                    f"{plan} must stay until its pool is done{everywhere}; got {part}. Run the command again."
                 )
             shards.append(part[0])
             yield from part[1]
@@ -207,9 +211,11 @@ def finish_pool(
     remove_folder(folder / PARTS)
 
 
-def _seen_late(plan: ShardPlan, patience: float) -> tuple[Shard, list[dict[str, Any]]] | None:
-    until, part = time.monotonic() + patience, None
-    while part is None and time.monotonic() < until:
+def _seen(
+    plan: ShardPlan, part: tuple[Shard, list[dict[str, Any]]] | str, patience: float
+) -> tuple[Shard, list[dict[str, Any]]] | str:
+    until = time.monotonic() + patience
+    while isinstance(part, str) and time.monotonic() < until:
         time.sleep(1.0)
         part = read_part(plan)
     return part
@@ -217,8 +223,8 @@ def _seen_late(plan: ShardPlan, patience: float) -> tuple[Shard, list[dict[str, 
 
 def _finished(plan: ShardPlan) -> bool:
     part = read_part(plan)
-    if part is None or isinstance(plan.path, StorePath):
-        return part is not None
+    if isinstance(part, str) or isinstance(plan.path, StorePath):
+        return not isinstance(part, str)
     with plan.path.open("rb") as file:  # after a power cut a file may have its length but not its bytes
         return file_sha256(file)[1] == part[0].sha256
 

@@ -135,6 +135,24 @@ def open_store(url: str, config: StoreConfig | None = None) -> tuple[fs.FileSyst
     return fs.PyFileSystem(_Store(address, config)), folder
 
 
+def patiently(filesystem: fs.FileSystem, act: Callable[[fs.FileSystem], Result], path: str) -> Result:
+    """What `act` gives: of a store of `open_store`, tried again with growing pauses until its deadline.
+
+    Args:
+        filesystem: what `act` is given, or for a store its own client.
+        act: may be done twice: a whole file is written, a folder is removed.
+        path: what it is about, for the texts.
+
+    Raises:
+        OSError: of a local disk at once; of a store FileNotFoundError and PermissionError at once, and TimeoutError.
+    """
+    store = getattr(filesystem, "handler", None)
+    if isinstance(store, _Store):
+        # a file has many parts: each of them may fail twice before all is sent anew
+        return store.patient(lambda: act(store.client(attempts=3)), path)
+    return act(filesystem)
+
+
 def _address(url: str, scheme: str, config: StoreConfig) -> tuple[_Address, str]:
     parts = urlsplit(url)
     given = dict(parse_qsl(parts.query))

@@ -5,6 +5,7 @@ Axes: L labeled, U unlabeled images of this rank, V strong views, N boxes of an 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -91,3 +92,12 @@ class SemiBatch:
     found_UN5: Tensor | None = None
     """float32 boxes of a detector in the weak views (x1, y1, x2, y2, class), edges of pixels; class -1 = no box; None
     in a run without a detector."""
+
+    def parts(self, count: int) -> list[SemiBatch]:
+        """The batch as `count` micro-batches of neighbouring slots, views of its memory; `count` divides L and U."""
+        split: dict[str, Sequence[Tensor | None]] = {}
+        for field in fields(self):
+            value, axes = getattr(self, field.name), field.name.rpartition("_")[2]
+            axis = 1 if axes.startswith("V") else 0  # [V, U, ...]: every view of some images
+            split[field.name] = [None] * count if value is None else value.tensor_split(count, dim=axis)
+        return [SemiBatch(**{name: parts[i] for name, parts in split.items()}) for i in range(count)]

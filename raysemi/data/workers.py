@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -56,7 +56,7 @@ def run_tasks(
     # fork would copy the locks of the threads of pyarrow and torch; a fork server has none and imports only once
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
-    executor = ProcessPoolExecutor(processes, mp_context=context, initializer=_ignore_interrupt)
+    executor = ProcessPoolExecutor(processes, mp_context=context, initializer=_begin, initargs=(dict(os.environ),))
     waiting = list(reversed(tasks))
     running: dict[Future[Result], Task] = {}
     try:
@@ -100,5 +100,8 @@ def read_ahead(
             yield first, future.result
 
 
-def _ignore_interrupt() -> None:
+def _begin(environment: Mapping[str, str]) -> None:
+    # a fork server keeps the environment of its start: credentials may have been set or renewed since then
+    os.environ.clear()
+    os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process: the first one decides

@@ -76,6 +76,13 @@ def join(hang_after_s: float = 0.0) -> AcrossRanks:
     return ProcessGroup() if dist.is_initialized() else SingleRank()
 
 
+def join_alone() -> None:
+    """Makes a process group of this process alone, for a library that cannot do without one; none if there is one."""
+    if not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
 def lost_rank(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank is gone, or does not answer."""
     # gloo's are plain RuntimeErrors

@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pyarrow import ArrowInvalid, fs
 
-from raysemi.errors import CheckpointError
+from raysemi.data.store import NOT_THERE, StoreConfig, open_store, patiently
+from raysemi.errors import CheckpointError, CheckpointFailure, DataError, NoRoom
 
 
 class RunFolder:
     """A folder of files, addressed by paths relative to it.
 
+    What a store does not answer is asked again until a deadline; a disk is asked once.
+
     Args:
         location: a local path, or a URL that pyarrow.fs knows (`s3://bucket/runs/a`, `gs://...`).
+        store: how a store is reached; its deadline holds for each request.
+
+    Raises:
+        CheckpointError: a URL of another kind.
     """
 
-    def __init__(self, location: str | Path) -> None:
+    def __init__(self, location: str | Path, store: StoreConfig | None = None) -> None:
         self.location = str(location)
         if "://" in self.location:
             try:
-                self._fs, self._root = fs.FileSystem.from_uri(self.location)
-            except (ArrowInvalid, OSError) as error:
-                raise CheckpointError(
-                    f"run must be a local path or an s3:// or gs:// URL; got {self.location}. {error}"
-                ) from error
+                self._fs, self._root = open_store(self.location, store)
+            except (ArrowInvalid, DataError, OSError) as error:
+                raise CheckpointError(f"run must be a local path or an s3:// or gs:// URL. {error}") from error
         else:
             self._fs, self._root = fs.LocalFileSystem(), str(Path(self.location).expanduser().absolute())
 
@@ -41,83 +49,131 @@ class RunFolder:
 
     def exists(self, name: str = "") -> bool:
         """Whether the file or folder is there."""
-        return bool(self._fs.get_file_info(self.path(name)).type != fs.FileType.NotFound)
+        with self._reading(name):
+            return bool(self._fs.get_file_info(self.path(name)).type != fs.FileType.NotFound)
 
     def size(self, name: str) -> int | None:
         """Bytes of a file; None when it is not there."""
-        info = self._fs.get_file_info(self.path(name))
+        with self._reading(name):
+            info = self._fs.get_file_info(self.path(name))
         return info.size if info.type == fs.FileType.File else None
 
     def names(self, name: str = "") -> list[str]:
         """Names directly below a folder, sorted; none when the folder is not there."""
-        selector = fs.FileSelector(self.path(name), allow_not_found=True)
-        return sorted(info.base_name for info in self._fs.get_file_info(selector))
+        return sorted(info.base_name for info in self._infos(name))
+
+    def sizes(self, name: str = "") -> dict[str, int]:
+        """Bytes of each file directly below a folder, by name; none when the folder is not there."""
+        files = (info for info in self._infos(name) if info.type == fs.FileType.File)
+        return {info.base_name: info.size for info in sorted(files, key=lambda info: info.base_name)}
+
+    def _infos(self, name: str) -> list[fs.FileInfo]:
+        with self._reading(name):
+            found = self._fs.get_file_info(fs.FileSelector(self.path(name), allow_not_found=True))
+        return [info for info in found if info.base_name]  # a store may list the folder's own mark
 
     def read_bytes(self, name: str) -> bytes:
         """Content of a file.
 
         Raises:
-            CheckpointError: the file is not there or cannot be read.
+            CheckpointError: the file is not there.
+            CheckpointFailure: it cannot be read.
         """
-        try:
-            with self._fs.open_input_file(self.path(name)) as file:
-                return bytes(file.read())
-        except OSError as error:
-            raise CheckpointError(f"{self.location}/{name} must be a readable file. {error}") from error
+        with self._reading(name), self._fs.open_input_file(self.path(name)) as file:
+            return bytes(file.read())
 
-    def write_bytes(self, name: str, content: bytes) -> None:
-        """Writes a file beside its place, then moves it there (an object store's write is whole already).
-
-        Raises:
-            CheckpointError: no room or no permission; what stood there before still does.
-        """
-        path = self.path(name)
-        beside = f"{path}.part" if self.is_local else path
-        try:
-            self._fs.create_dir(path.rpartition("/")[0], recursive=True)
-            with self._fs.open_output_stream(beside, compression=None) as file:
-                file.write(content)
-            if self.is_local:
-                self._fs.move(beside, path)
-        except OSError as error:
-            if self.is_local:
-                Path(beside).unlink(missing_ok=True)
-            raise _write_error(self.location, error) from error
-
-    def remove(self, name: str) -> None:
-        """Removes a folder and all below it."""
-        if self.exists(name):
-            self._fs.delete_dir(self.path(name))
-
-    def publish(self, source: Path, name: str, last: str) -> None:
-        """Makes a local folder appear as `name`: its file `last` is written after all others.
+    def write_bytes(self, name: str, content: bytes, *, sync: bool = False) -> None:
+        """Writes a file: on a disk beside its place, then moved there (a store shows an object when it is whole).
 
         Args:
-            source: local folder with files, no folders; it is used up.
-            name: where it goes; what stood there is replaced.
-            last: the file whose presence says that the rest is complete.
+            name: of the file.
+            content: of the file.
+            sync: wait until the disk has it, so that a power cut leaves no name without its bytes.
 
         Raises:
-            CheckpointError: no room or no permission; other folders are as they were.
+            NoRoom: the disk is full; what stood there before still does.
+            CheckpointFailure: no permission, or no answer; as before.
         """
-        self.remove(name)
+        with self._writing():
+            if self.is_local:
+                _write_file(Path(self.path(name)), content, sync)
+            else:
+                patiently(self._fs, lambda store: _put(store, self.path(name), content), self.path(name))
+
+    def make(self, name: str) -> None:
+        """Makes a folder; a store has none to make."""
+        if self.is_local:
+            with self._writing():
+                Path(self.path(name)).mkdir(parents=True, exist_ok=True)
+
+    def remove(self, name: str) -> None:
+        """Removes a folder and all below it, or a file; nothing when it is not there."""
+        with self._writing():
+            patiently(self._fs, lambda store: _remove(store, self.path(name)), self.path(name))
+
+    def rename(self, name: str, new: str) -> None:
+        """Makes a folder on a disk appear under another name, in place of what stood there."""
+        source, target = Path(self.path(name)), Path(self.path(new))
+        with self._writing():
+            if target.exists():
+                shutil.rmtree(target)
+            source.replace(target)
+            _sync_folder(target.parent)
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
         try:
-            if self.is_local and source.parent == Path(self.path(name)).parent:
-                source.replace(self.path(name))
-                return
-            self._fs.create_dir(self.path(name), recursive=True)
-            files = sorted(source.iterdir(), key=lambda file: file.name == last)
-            for file in files:
-                with file.open("rb") as incoming, self._fs.open_output_stream(self.path(f"{name}/{file.name}")) as out:
-                    shutil.copyfileobj(incoming, out, 1 << 22)
+            yield
+        except NOT_THERE as error:
+            kind = CheckpointFailure if isinstance(error, PermissionError) else CheckpointError
+            raise kind(f"{self.location}/{name} must be a readable file. {error}") from error
         except OSError as error:
-            raise _write_error(self.location, error) from error
+            raise CheckpointFailure(f"{self.location}/{name} must be readable. {error}") from error
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+                raise NoRoom(
+                    f"the disk of {self.location} must have room; got none left. Free space and give the same command "
+                    "again: it continues from the last complete checkpoint."
+                ) from error
+            raise CheckpointFailure(f"{self.location} must be writable. {error}") from error
 
 
-def _write_error(location: str, error: OSError) -> CheckpointError:
-    if error.errno == errno.ENOSPC or "No space left" in str(error):
-        return CheckpointError(
-            f"the disk of {location} must have room; got none left. Free space and give the same command again: "
-            "it continues from the last complete checkpoint."
-        )
-    return CheckpointError(f"{location} must be writable. {error}")
+def _put(store: fs.FileSystem, path: str, content: bytes) -> None:
+    with store.open_output_stream(path, compression=None) as file:
+        file.write(content)
+
+
+def _remove(store: fs.FileSystem, path: str) -> None:
+    kind = store.get_file_info(path).type
+    if kind == fs.FileType.Directory:
+        store.delete_dir(path)
+    elif kind == fs.FileType.File:
+        store.delete_file(path)
+
+
+def _write_file(path: Path, content: bytes, sync: bool) -> None:
+    beside = path.with_name(f"{path.name}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

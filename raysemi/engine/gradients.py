@@ -10,9 +10,9 @@ gradients: a mean of the ranks' own weights, or of what each would have combined
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, Protocol
 
 import torch
 from pydantic import Field, model_validator
@@ -93,25 +93,38 @@ class SideLosses(NamedTuple):
         total, supervised, unsupervised, values = self
         return SideLosses(total.detach(), supervised.detach(), unsupervised.detach(), values)
 
+    def plus(self, other: SideLosses) -> SideLosses:
+        """The losses of two parts of a step together."""
+        values = {name: value + other.values[name] for name, value in self.values.items()}
+        total, supervised, unsupervised = (mine + theirs for mine, theirs in zip(self[:3], other[:3], strict=True))
+        return SideLosses(total, supervised, unsupervised, values)
 
-def join_ranks(objectives: dict[str, Objective], across: AcrossRanks) -> dict[str, Tensor]:
-    """Each objective as a loss whose mean over ranks is its global value.
+
+def join_ranks(objectives: dict[str, Objective], across: AcrossRanks, parts: int = 1) -> dict[str, Tensor]:
+    """Each objective as a loss whose mean over ranks, of the sum over each rank's micro-batches, is its global value.
 
     Args:
-        objectives: this rank's sums and normalisers; the same names in the same order on every rank.
+        objectives: sums and normalisers of a rank's share, or of a micro-batch; the same names in the same order on
+            every rank.
         across: sums over ranks; one collective for all normalisers.
+        parts: micro-batches of a rank's share, each of which is a rank to `across`.
 
     Returns:
-        name -> total * world / max(sum over ranks of normaliser, 1), with gradient, without the objective's weight.
+        name -> total * ranks / max(sum over ranks of normaliser, 1), with gradient, without the objective's weight.
     """
-    device = next(iter(objectives.values())).normaliser.device
-    wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no fp64
-    normalisers = across.sum(torch.stack([o.normaliser.detach().to(wide) for o in objectives.values()]))
+    ranks = across.world // parts
+    normalisers = across.sum(stacked_normalisers([objective.normaliser for objective in objectives.values()]))
     normalisers = normalisers.clamp(min=1.0).to(torch.float32)
     return {
-        name: objective.total.float() * across.world / normaliser
+        name: objective.total.float() * ranks / normaliser
         for (name, objective), normaliser in zip(objectives.items(), normalisers.unbind(), strict=True)
     }
+
+
+def stacked_normalisers(normalisers: Sequence[Tensor]) -> Tensor:
+    """What ranks add up: one tensor, in which counts of pixels are exact."""
+    wide = torch.float32 if normalisers[0].device.type == "mps" else torch.float64  # MPS has no fp64
+    return torch.stack([normaliser.detach().to(wide) for normaliser in normalisers])
 
 
 def uniform_loss(objectives: dict[str, Objective], losses: dict[str, Tensor], unsupervised: float = 1.0) -> Tensor:
@@ -126,6 +139,31 @@ def side_loss(objectives: dict[str, Objective], losses: dict[str, Tensor], side:
     terms = [2.0 * factor * objectives[name].weight * loss for name, loss in losses.items()
              if objectives[name].side == side]  # fmt: skip
     return torch.stack(terms).sum() if terms else next(iter(losses.values())).new_zeros(())
+
+
+class Into(Protocol):
+    """Where a step's gradients go."""
+
+    def of_loss(self, loss: Tensor) -> None:
+        """Adds the gradients of a loss of this rank; their mean over ranks is taken on the way."""
+        ...
+
+    def given(self, gradients: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Adds gradients by parameter, which are the same on all ranks."""
+        ...
+
+
+class IntoGrad:
+    """Into the parameters' `.grad`, where a wrapper's hooks (DistributedDataParallel) average those of a loss."""
+
+    def of_loss(self, loss: Tensor) -> None:
+        """One backward pass."""
+        loss.backward()
+
+    def given(self, gradients: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """They are the `.grad`, and there is no other."""
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
 
 
 class BothGradients:
@@ -213,14 +251,14 @@ class BothGradients:
         weighted = [rate * part for (rate, _), part in zip(self._blocks, summed, strict=True)]
         return Products(*torch.stack(summed).sum(dim=0)), Products(*torch.stack(weighted).sum(dim=0))
 
-    def combine(self, factor_s: Tensor, factor_u: Tensor) -> None:
-        """Makes factor_s g_s + factor_u g_u the parameters' `.grad`; one that no side reaches gets None."""
+    def combine(self, factor_s: Tensor, factor_u: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """factor_s g_s + factor_u g_u by parameter, in place of the first; without those that no side reaches."""
         step_P, other_P = self._buffer()
         step_P.mul_(factor_s.to(step_P.dtype)).addcmul_(other_P, factor_u.to(step_P.dtype))
         for i, half in self._aside.items():
             self._views[0][i].copy_(half)
-        for i, parameter in enumerate(self._parameters):
-            parameter.grad = self._views[0][i] if self._reached[0][i] or self._reached[1][i] else None
+        reached = [either or other for either, other in zip(*self._reached, strict=True)]
+        return [(p, g) for p, g, r in zip(self._parameters, self._views[0], reached, strict=True) if r]
 
     def _buffer(self) -> Tensor:
         if self._flat_2P is None:
@@ -233,6 +271,9 @@ class BothGradients:
                 for row_P in self._flat_2P
             ]  # fmt: skip
         return self._flat_2P
+
+
+_INTO_GRAD = IntoGrad()
 
 
 class GradientRule:
@@ -262,13 +303,16 @@ class GradientRule:
         """alpha_s, alpha_u and the factor of the step: those of the rule, or of the last computation."""
         self._none = torch.zeros((), device=device)
 
-    def backward(self, losses: SideLosses, step: int, *, last: bool = True) -> dict[str, Tensor]:
+    def backward(
+        self, losses: SideLosses, step: int, *, last: bool = True, into: Into = _INTO_GRAD
+    ) -> dict[str, Tensor]:
         """Adds the gradients of a part of a step; after the last, every parameter has the step's, averaged over ranks.
 
         Args:
             losses: of this rank, for this part: the step's are the sum over its parts.
             step: global step, from 0.
             last: True when the step has no more parts.
+            into: where they go.
 
         Returns:
             Scalars to be averaged over steps, from the last part: for pareto, how often each guard was at work.
@@ -292,14 +336,14 @@ class GradientRule:
                 min_ratio=config.min_ratio,
                 max_scale=config.max_scale,
             )
-            self._both.combine(found.scale * found.alpha_s, found.scale * found.alpha_u)
+            into.given(self._both.combine(found.scale * found.alpha_s, found.scale * found.alpha_u))
             guards = {"fallback": found.fallback.float(), "capped": found.capped.float()}
             self._keep(found)
         elif config.name == "fixed" or (pareto and step >= config.warmup):
             alpha_s, alpha_u, scale = self._present_3
-            (scale * (alpha_s * losses.supervised + alpha_u * losses.unsupervised)).backward()
+            into.of_loss(scale * (alpha_s * losses.supervised + alpha_u * losses.unsupervised))
         else:
-            losses.total.backward()
+            into.of_loss(losses.total)
         if measure and last:
             self._measured(step + 1, _described(plain, *(found[:3] if renew else self._present_3.to(plain.ss.dtype))))
         return {f"gradients/{name}": value for name, value in guards.items()} if pareto and last else {}

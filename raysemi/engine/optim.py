@@ -5,6 +5,7 @@ Source: the recipes of UniMatch and DeepLab: two groups (encoder, everything els
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -59,21 +60,37 @@ class Optimizer:
         groups = [{"params": encoder, "factor": 1.0}, {"params": other, "factor": config.head_multiplier}]
         groups = [group for group in groups if group["params"]]
         self._fused = next(iter(self.names)).device.type in ("cpu", "cuda")
+        self.kinds = {"sgd": ("momentum_buffer",) if config.momentum else (), "adamw": ("exp_avg", "exp_avg_sq")}[
+            config.name
+        ]
+        """Names of the state that has a parameter's shape."""
         if config.name == "sgd":
-            self._torch: torch.optim.Optimizer = torch.optim.SGD(
+            self.torch: torch.optim.Optimizer = torch.optim.SGD(
                 groups, config.lr, config.momentum, weight_decay=config.weight_decay, fused=self._fused
             )
-            if config.momentum:
-                for parameter in self.names:
-                    # torch leaves a fresh buffer uninitialised when the very first step is skipped by found_inf
-                    self._torch.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            self.begin(self.names)  # torch leaves a fresh buffer uninitialised when found_inf skips the very first step
         else:
-            self._torch = torch.optim.AdamW(groups, config.lr, weight_decay=config.weight_decay, fused=self._fused)
+            self.torch = torch.optim.AdamW(groups, config.lr, weight_decay=config.weight_decay, fused=self._fused)
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of the encoder at a step."""
         rising = schedules.linear(step + 1, self._warmup)
         return rising * self._config.lr * schedules.poly(step, self._steps, self._config.power)
+
+    def set_rates(self, step: int) -> None:
+        """Gives each group its learning rate of a step."""
+        for group in self.torch.param_groups:
+            group["lr"] = self.learning_rate(step) * group["factor"]
+
+    def begin(self, tensors: Iterable[Tensor]) -> None:
+        """Drops all state, and makes that of the tensors that are optimized: the parameters, or a rank's shards."""
+        self.torch.state.clear()
+        for tensor in tensors:
+            state = {kind: torch.zeros_like(tensor) for kind in self.kinds}
+            if "exp_avg" in state:
+                state["step"] = torch.zeros((), device=tensor.device if self._fused else None)
+            if state:
+                self.torch.state[tensor] = state
 
     def step(self, step: int, finite: Tensor) -> None:
         """One update with the gradients that stand in the parameters.
@@ -83,28 +100,27 @@ class Optimizer:
             finite: bool scalar on the device; False makes the update leave weights and moments as they are. No
                 host wait on CUDA and none worth the name on a CPU; other devices read the flag.
         """
-        for group in self._torch.param_groups:
-            group["lr"] = self.learning_rate(step) * group["factor"]
+        self.set_rates(step)
         if self._fused:
-            self._torch.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
-            self._torch.step()
+            self.torch.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
+            self.torch.step()
         elif bool(finite):
-            self._torch.step()
+            self.torch.step()
 
     def zero_grad(self) -> None:
         """Drops the gradients."""
-        self._torch.zero_grad(set_to_none=True)
+        self.torch.zero_grad(set_to_none=True)
 
     def tensors(self) -> dict[str, Tensor]:
         """State by `parameter name/state name`, for a checkpoint."""
         return {
             f"{name}/{key}": value
             for parameter, name in self.names.items()
-            for key, value in self._torch.state[parameter].items()
+            for key, value in self.torch.state[parameter].items()
             if isinstance(value, Tensor)
         }
 
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Restores what `tensors` gave."""
         parameters = {name: parameter for parameter, name in self.names.items()}
         for path, value in tensors.items():
@@ -114,4 +130,4 @@ class Optimizer:
                 restored = torch.empty_like(parameter)  # in the parameter's memory format
             else:  # AdamW's counter, which only the fused form keeps on the device
                 restored = torch.empty_like(value, device=parameter.device if self._fused else None)
-            self._torch.state[parameter][key] = restored.copy_(value)
+            self.torch.state[parameter][key] = restored.copy_(value)

@@ -7,6 +7,8 @@ the gradient rule wants each side's gradient by itself, it takes them out of the
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
@@ -22,6 +24,8 @@ from raysemi.methods.base import AcrossRanks, Method, StepContext
 from raysemi.methods.queues import Rings
 from raysemi.models.segmentor import Segmentor
 from raysemi.ops.schedules import rampup
+
+_log = logging.getLogger(__name__)
 
 
 class StepModule(nn.Module):
@@ -42,7 +46,7 @@ class StepModule(nn.Module):
     def forward(self, batch: SemiBatch, context: StepContext) -> SideLosses:
         """The losses to differentiate, and the value of each objective."""
         objectives = self.method.objectives(batch, context)
-        losses = join_ranks(objectives, context.across)
+        losses = join_ranks(objectives, context.across, context.parts)
         unsupervised = rampup(context.step, self.rampup_steps)
         return SideLosses(
             uniform_loss(objectives, losses, unsupervised),
@@ -106,11 +110,15 @@ class Strategy(Protocol):
         """Within it `student` has whole weights, and using it, as often as each rank likes, joins no other rank."""
         ...
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """State of `student` and `optimizer` (`parameter name/state name`), whole and in fp32, for any strategy."""
+    def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """State of `student` and `optimizer` (`parameter name/state name`), whole and in fp32, for any strategy.
+
+        Each rank reads every item once, in the mappings' order, and keeps only its share: a tensor that no rank has
+        whole may be gathered when it is read.
+        """
         ...
 
-    def load(self, tensors: Mapping[str, dict[str, Tensor]]) -> None:
+    def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Restores what the `tensors` of any strategy, at any number of ranks, gave."""
         ...
 
@@ -127,44 +135,68 @@ class StepBuffers:
     def __init__(self, module: StepModule, across: AcrossRanks, teacher: nn.Module | None = None) -> None:
         self._across = across
         networks = [module.student] if teacher is None else [module.student, teacher]
-        self._statistics = [buffer for network in networks for buffer in _running_statistics(network)]
+        self._statistics = [buffer for network in networks for buffer in running_statistics(network)]
+        self._apart = [buffer for network in networks for buffer in running_statistics(network, equal=False)]
         # large memories note by themselves what a step overwrites; the rest is small and copied
         self._rings = [part for part in module.method.modules() if isinstance(part, Rings)]
         noted = {id(rings.rows_TX) for rings in self._rings}
         self._kept = [*self._statistics, *(b for b in module.method.buffers() if id(b) not in noted)]
         self._before: list[Tensor] | None = None
         self._broken: Tensor | None = None
+        self._sums: list[Tensor] = []
+        self._parts = 0
 
+    @torch.no_grad()
     def begin(self) -> None:
-        """Remembers what the buffers hold before the first pass of a step; before its further parts, does nothing."""
+        """Remembers what the buffers hold before the first pass of a step; its further parts begin with the same, as
+        those of other ranks do."""
         if self._before is None:
             self._before = [buffer.clone() for buffer in self._kept]
             for rings in self._rings:
                 rings.begin()
+            return
+        moved = [buffer.clone() for buffer in self._statistics]
+        self._sums = [total + one for total, one in zip(self._sums, moved, strict=True)] if self._sums else moved
+        for buffer, before in zip(self._kept, self._before, strict=True):
+            buffer.copy_(before)
+        for rings in self._rings:
+            rings.restore(torch.zeros_like(rings.inserted_K[0], dtype=torch.bool))
+            rings.begin()
+
+    @property
+    def broken(self) -> Tensor:
+        """Whether a part of this step has had a loss that is not finite, on this rank: bool [1]."""
+        assert self._broken is not None  # a part has been noted
+        return self._broken > 0
 
     def note(self, loss: Tensor) -> None:
         """Adds to the step's judgement that a part's loss is, or is not, finite."""
         broken = (~torch.isfinite(loss.detach())).to(torch.float32).reshape(1)
         self._broken = broken if self._broken is None else self._broken + broken
+        self._parts += 1
 
     @torch.no_grad()
     def settle(self) -> Tensor:
         """Makes the ranks one again, in a single small collective, and judges the step.
 
-        BatchNorm's running statistics become their mean over ranks (on CPUs each rank normalises by its own share;
-        on GPUs SyncBatchNorm has made them equal already).
+        BatchNorm's running statistics become their mean over micro-batches, and over ranks where each rank normalises
+        by its own share, as on CPUs; SyncBatchNorm has made them equal on all ranks already.
 
         Returns:
             Bool scalar on the device, the same on all ranks: True when the losses are finite everywhere.
         """
         assert self._broken is not None  # a step has a part
         broken, self._broken = self._broken, None
+        parts, self._parts = self._parts, 0
+        for buffer, total in zip(self._statistics, self._sums, strict=bool(self._sums)):
+            buffer.add_(total).div_(parts)  # the last part's and those of the parts before it
+        self._sums = []
         if self._across.world > 1:
-            flat = torch.cat([broken, *(buffer.reshape(-1) for buffer in self._statistics)])
+            flat = torch.cat([broken, *(buffer.reshape(-1) for buffer in self._apart)])
             flat = self._across.sum(flat) / self._across.world
             broken, rest = flat[:1], flat[1:]
-            sizes = [buffer.numel() for buffer in self._statistics]
-            for buffer, mean in zip(self._statistics, rest.split(sizes), strict=True):
+            sizes = [buffer.numel() for buffer in self._apart]
+            for buffer, mean in zip(self._apart, rest.split(sizes), strict=True):
                 buffer.copy_(mean.view_as(buffer))
         return broken.reshape(()) == 0
 
@@ -219,8 +251,10 @@ class Replicas:
         self._counted: dict[str, Tensor] = {}
         self._module: nn.Module = module
         if across.world > 1:
-            # Buffers are settled by StepBuffers: averaged, not overwritten by rank 0's.
-            self._module = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+            with warnings.catch_warnings():  # torch 2.15 announces another name, which yet means something else
+                warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+                # Buffers are settled by StepBuffers: averaged, not overwritten by rank 0's.
+                self._module = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def accumulate(self, batch: SemiBatch, context: StepContext, *, last: bool = True) -> SideLosses:
         """Adds a part's gradients to the parameters' `.grad`; with the last, they are averaged over ranks."""
@@ -257,7 +291,7 @@ class Replicas:
         """State of student and optimizer: the tensors themselves, not copies."""
         return {"student": self.student.state_dict(), "optimizer": self._optimizer.tensors()}
 
-    def load(self, tensors: Mapping[str, dict[str, Tensor]]) -> None:
+    def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Restores what the `tensors` of any strategy gave."""
         self.student.load_state_dict(tensors["student"])
         self._optimizer.load_tensors(tensors["optimizer"])
@@ -268,9 +302,13 @@ def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextMan
     return torch.autocast(device.type, precision, enabled=precision != torch.float32)
 
 
-def _running_statistics(network: nn.Module) -> Iterator[Tensor]:
+def running_statistics(network: nn.Module, *, equal: bool = True) -> Iterator[Tensor]:
+    """BatchNorm's, unless it is frozen; without `equal`, only those that are not the same on all ranks anyway."""
+    if getattr(network, "frozen", False):
+        return  # nothing moves them, and a mean of equal numbers may be another one in its last digit
     for module in network.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+        shared = isinstance(module, nn.SyncBatchNorm) and not equal
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None and not shared:
             assert module.running_var is not None  # torch makes both or neither
             yield module.running_mean
             yield module.running_var
@@ -278,7 +316,15 @@ def _running_statistics(network: nn.Module) -> Iterator[Tensor]:
 
 def synchronise_batch_norm(student: Segmentor, across: AcrossRanks, device: torch.device) -> Segmentor:
     """SyncBatchNorm in place of BatchNorm on several GPUs; elsewhere the network as it is: CPUs have no such kernel."""
-    if across.world == 1 or device.type != "cuda":
+    if across.world == 1:
+        return student
+    if device.type != "cuda":
+        if across.rank == 0 and any(True for _ in running_statistics(student)):
+            message = (
+                "BatchNorm: each of the %d ranks normalises by its own share of the batch, since SyncBatchNorm is for "
+                "GPUs alone; running statistics are averaged over ranks after every step"
+            )
+            _log.info(message, across.world)
         return student
     from timm.layers.norm_act import convert_sync_batchnorm  # knows timm's fused BatchNorm + activation layers
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterable
@@ -19,12 +20,15 @@ from raysemi.data.views import on_device
 from raysemi.engine import distributed
 from raysemi.engine.checkpoint import Snapshot
 from raysemi.engine.compiled import as_written, compile_parts
-from raysemi.engine.gradients import GradientRule, GradientsConfig
+from raysemi.engine.gradients import GradientRule, GradientsConfig, SideLosses
 from raysemi.engine.guards import GuardsConfig, SkippedSteps
+from raysemi.engine.micro import MicroBatches
 from raysemi.engine.optim import OptimConfig, Optimizer
 from raysemi.engine.record import Meter, Samples
 from raysemi.engine.strategy import Replicas, StepModule, Strategy, synchronise_batch_norm
 from raysemi.engine.teacher import AveragedCopy
+from raysemi.engine.zero import Shards
+from raysemi.engine.zero_config import ZeroConfig
 from raysemi.errors import TrainingError
 from raysemi.methods.base import AcrossRanks, Method, StepContext
 from raysemi.models.segmentor import Segmentor
@@ -50,6 +54,15 @@ class TrainConfig(Config):
     """Ends cleanly with a checkpoint at this step; the same command without it goes on."""
     batch: BatchConfig = BatchConfig()
     """Global batch."""
+    micro_batch: int | None = Field(None, ge=1, json_schema_extra={"unit": "images"})
+    """Unlabeled images (of methods without: labeled ones) that a rank passes at once; null, or as many as its share of
+    the batch: the share at once. Fewer take less memory and more time, and give the same steps: same batch, learning
+    rate, data and draws, same gradient but for rounding. It divides the share; the labeled images are split into as
+    many parts, and images that are mixed with each other stay in one. What a method asks of the whole step (thresholds,
+    memories, weighting=rank, ohem) is found in passes without gradient before: a half to a whole step's time more, and
+    three or four times for ael and u2pl. BatchNorm in train mode (not model.batch_norm=frozen) normalises each part by
+    itself, as a rank of its own would: fewer images share statistics, and the numbers are those of as many ranks on
+    CPUs."""
     period: int | None = Field(None, ge=1)
     """Steps that stand for the papers' epoch; None = one pass over the unlabeled pool, at most a 20th of the run."""
     rampup: float = Field(0.0, ge=0.0, le=1.0, json_schema_extra=choices([0.0, 0.25, 0.5]))
@@ -57,8 +70,10 @@ class TrainConfig(Config):
     short run from few labels, rare classes would else be taught away before the labels have taught them."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Autocast: auto is bf16 on CUDA and fp32 elsewhere."""
-    strategy: Literal["auto", "single", "ddp"] = "auto"
-    """auto: ddp on several ranks, single on one."""
+    strategy: Literal["auto", "single", "ddp", "deepspeed"] = "auto"
+    """auto: ddp on several ranks, single on one. deepspeed: ZeRO, for networks that are too large for ddp."""
+    zero: ZeroConfig = ZeroConfig()
+    """What deepspeed spreads over ranks."""
     channels_last: bool = True
     """Memory layout of images and weights; faster for convolutions on CPUs and recent GPUs."""
     compile: bool = False
@@ -81,6 +96,11 @@ class TrainConfig(Config):
     threads stands (RUN/stacks) and ends."""
     guards: GuardsConfig = GuardsConfig()
     """Warnings of a collapse."""
+
+    def parts(self, labeled: int, unlabeled: int) -> int:
+        """Micro-batches of a rank's share of so many images."""
+        share = unlabeled or labeled
+        return 1 if self.micro_batch is None else max(1, share // self.micro_batch)
 
 
 @dataclass(frozen=True)
@@ -163,10 +183,12 @@ class Trainer:
         gradients = gradients.model_copy(update={"warmup": max(gradients.warmup, ramps)})
         self.rule = GradientRule(gradients, self.optimizer.rates, across, self._samples.add)
         teacher = self.average.model if self.average is not None and average.buffers == "own" else None
-        self.strategy: Strategy = Replicas(
+        spread = functools.partial(Shards, config=config.zero) if config.strategy == "deepspeed" else Replicas
+        self.strategy: Strategy = spread(
             module, self.optimizer, across, device, self.rule,
             precision=self.precision, max_grad_norm=config.max_grad_norm, teacher=teacher,
         )  # fmt: skip
+        self.micro = MicroBatches(module, self.strategy, across, device, precision=self.precision, teacher=teacher)
 
     @property
     def skipped(self) -> Tensor:
@@ -206,16 +228,24 @@ class Trainer:
             Scalars on the device whose mean over ranks is the global value: objectives, gradient norm, and what the
             method and gradient rule observed.
         """
-        batch = on_device(host, self.device, self.memory_format)
+        parts = on_device(host, self.device, self.memory_format).parts(
+            self.config.parts(len(host.keys_L), len(host.keys_U))
+        )
         observed: dict[str, Tensor] = {}
 
         def listen(name: str, value: Tensor) -> None:
             if value.ndim == 0:  # maps are for pictures
-                observed[f"method/{name}"] = value
+                before = observed.get(f"method/{name}")
+                value = value if len(parts) == 1 else value / len(parts)
+                observed[f"method/{name}"] = value if before is None else before + value
 
         if self.average is not None:
             self.average.before_step(self.strategy.parts, self.step)
-        losses = self.strategy.accumulate(batch, self.context(listen))
+        each = [
+            self.strategy.accumulate(part, context, last=part is parts[-1])
+            for part, context in zip(parts, self.micro.contexts(parts, self.context(listen)), strict=True)
+        ]
+        losses = functools.reduce(SideLosses.plus, each)
         update = self.strategy.update(self.step)
         if self.average is not None:
             self.average.after_step(self.strategy.parts, self.step, update.finite)
@@ -293,7 +323,7 @@ class Trainer:
 
     def snapshot(self) -> Snapshot:
         """The whole state, for a checkpoint; every rank must ask for it."""
-        tensors = self.strategy.tensors()
+        tensors = dict(self.strategy.tensors())
         if self.average is not None:
             tensors["teacher"] = self.average.model.state_dict()
         if buffers := self.method.state_dict():

@@ -13,7 +13,7 @@ from raysemi.data.boxes import PoolBoxes, boxes_file, mask_boxes, open_boxes, re
 from raysemi.data.loader import Stream
 from raysemi.data.pool import Pool
 from raysemi.data.reader import Reader
-from raysemi.engine import checkpoint, distributed
+from raysemi.engine import checkpoint, distributed, retention
 from raysemi.engine.detect import (
     BoxesConfig,
     DetectConfig,
@@ -71,6 +71,7 @@ def train_detector(config: DetectConfig, on_log: OnLog | None = None) -> dict[st
                 "give another run folder."
             )
         trainer.restore(snapshot)
+    retention.sweep(folder)
     folder.write_bytes("config.yaml", config_io.dump(config).encode())
     until = min(config.train.steps, config.train.stop_at or config.train.steps)
     record = Record(folder, trainer.step)
@@ -84,7 +85,7 @@ def train_detector(config: DetectConfig, on_log: OnLog | None = None) -> dict[st
         snapshot = trainer.snapshot()
         snapshot.state |= state
         checkpoint.save(folder, snapshot)
-        checkpoint.keep_newest(folder, config.train.keep, step)
+        retention.keep_newest(folder, config.train.keep, step)
         record.flush()
 
     finished = True

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Literal
 
 from raysemi import config_io
-from raysemi.config import RunConfig, uses_unlabeled
+from raysemi.config import RunConfig
+from raysemi.config_shares import uses_unlabeled
 from raysemi.data.ahead import cache_faults
 from raysemi.data.boxes import PoolBoxes, open_boxes
 from raysemi.data.joined import AnyPool, as_one
 from raysemi.data.pool import Pool
 from raysemi.data.store import StoreConfig
-from raysemi.engine import checkpoint
+from raysemi.engine import checkpoint, retention
 from raysemi.engine.folder import RunFolder
 from raysemi.errors import CheckpointError, ConfigError, DataError, DataFailure
 from raysemi.methods import METHODS
@@ -145,6 +146,9 @@ MAY_CHANGE = (
     "train.log_every",
     "train.checkpoint_every",
     "train.keep",
+    "train.micro_batch",
+    "train.strategy",
+    "train.zero.",
     "train.skip_limit",
     "train.hang_after_s",
     "train.guards.",
@@ -230,7 +234,7 @@ def load_network(run: str | Path, which: Literal["last", "best"] | int = "last")
         raise CheckpointError(f"{run} must be a run folder; got one without config.yaml. Give the `run` of a training.")
     config = config_io.parse(folder.read_bytes("config.yaml").decode())
     if which != "last":
-        step = checkpoint.best_step(folder) if which == "best" else which
+        step = retention.best_step(folder) if which == "best" else which
         snapshot = checkpoint.load(folder, step, ("student", "teacher")) if step is not None else None
     else:
         snapshot = checkpoint.load_newest(folder)

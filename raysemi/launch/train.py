@@ -20,7 +20,7 @@ from typing import Any
 from raysemi import config_io
 from raysemi.config import RayConfig, RunConfig, check_world, fitting_workers
 from raysemi.engine import distributed
-from raysemi.errors import DataError, DataFailure, RaysemiError
+from raysemi.errors import CheckpointFailure, DataError, DataFailure, RaysemiError
 from raysemi.launch.board import Board, OnLog, ToBoard, post_fault, relay
 from raysemi.launch.cluster import Cluster, connected, ctrl_c_wins, refuse_relative_paths, worker_resources
 from raysemi.launch.restore import open_pools, refuse_another_run
@@ -207,7 +207,7 @@ def may_go_better(error: BaseException) -> bool:
     So it is after a death (of a worker or of a loader process) and where a disk or an object store did not answer; a
     corrupt sample, a missing file and a wrong setting would be met again.
     """
-    if type(error) in (RaysemiError, DataFailure):
+    if type(error) in (RaysemiError, DataFailure, CheckpointFailure):
         return True
     mistake = FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError
     cause = error.__cause__

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,17 +17,20 @@ from raysemi.data.loader import Stream
 from raysemi.data.mixture import passes
 from raysemi.data.reader import Skipped
 from raysemi.data.skips import Skips
-from raysemi.engine import checkpoint, distributed
+from raysemi.data.store import StoreConfig
+from raysemi.engine import checkpoint, distributed, retention
 from raysemi.engine.evaluate import evaluate
 from raysemi.engine.folder import RunFolder
 from raysemi.engine.guards import Guards
 from raysemi.engine.measure import Look, Panels, PseudoQuality, look, unlabeled_panels, val_panels
 from raysemi.engine.record import Record
+from raysemi.engine.saver import Saver
 from raysemi.engine.trainer import Hooks, Trainer, resolve_period
 from raysemi.engine.watchdog import Watchdog
 from raysemi.errors import CheckpointError, RaysemiError
 from raysemi.launch.progress import Progress
 from raysemi.launch.restore import build, open_pools, refuse_another_run
+from raysemi.launch.room import one_line_without_room, tell_footprint
 from raysemi.launch.stop import Stopped, StopVote, graceful_stop
 from raysemi.methods.base import AcrossRanks
 from raysemi.ops.confusion import iou, mean_iou, pixel_accuracy
@@ -98,7 +100,7 @@ class _Run:
         self.on_log = on_log
         self.asked = asked
         self.watchdog = watchdog
-        self.folder = RunFolder(config.run)
+        self.folder = RunFolder(config.run, StoreConfig(deadline=config.data.store.deadline))
         refuse_another_run(config)
         pools = open_pools(config)
         self.labeled, self.val, self.unlabeled, self.boxes = pools.labeled, pools.val, pools.unlabeled, pools.boxes
@@ -112,6 +114,8 @@ class _Run:
         if config.train.steps // period < 10 and across.rank == 0:
             message = "train.steps=%d holds only %d periods of %d steps; ramps and momentum networks want 10 or more"
             _log.warning(message, config.train.steps, config.train.steps // period, period)
+        if across.rank == 0:
+            tell_footprint(config, student, method, across.world, device, joined=self.unlabeled is not None)
         self.trainer = Trainer(
             student, method, config.train, config.optim,
             across=across, device=device, period=period, seed=config.seed, gradients=config.gradients,
@@ -120,6 +124,7 @@ class _Run:
         self.record: Record | None = None
         self.progress: Progress | None = None
         self.guards: Guards
+        self._saver: Saver
         self.skips = Skips(config.data.corrupt_limit)
         self.result: dict[str, Any] = {}
         self._clock = time.perf_counter()
@@ -127,7 +132,7 @@ class _Run:
         self._best_miou = float("-inf")
 
     def go(self) -> dict[str, Any]:
-        self._resume()
+        saver = self._saver = self._resume()
         config, trainer = self.config, self.trainer
         until = min(config.train.steps, config.train.stop_at or config.train.steps)
         if self.across.rank == 0:
@@ -137,11 +142,12 @@ class _Run:
         self.guards = Guards(config.train.guards, trainer.step, config.train.steps, warn)
         if trainer.step < until:
             self._announce_passes()
-            with graceful_stop() as signalled:
+            with graceful_stop() as signalled, saver:
                 hooks = Hooks(
                     self._log_training, self._evaluate, self._save, self._should_stop_after(signalled), self._sample
                 )
-                finished = trainer.fit(self._stream(trainer.step, until), hooks, config.eval.every)
+                with one_line_without_room(config, self.across, trainer.device, lambda: f"step {trainer.step + 1}"):
+                    finished = trainer.fit(self._stream(trainer.step, until), hooks, config.eval.every)
             if not finished and trainer.step < until:
                 raise Stopped
         elif not self.result:
@@ -190,11 +196,11 @@ class _Run:
             skips=self.skips,
         )
 
-    def _resume(self) -> None:
-        """Goes on from the newest whole checkpoint."""
+    def _resume(self) -> Saver:
+        """Goes on from the newest whole checkpoint; what will save the next ones."""
         text = config_io.dump(self.config)
         snapshot, self._snapshot = self._snapshot, None
-        best_miou = checkpoint.best_miou(self.folder)
+        best_miou = retention.best_miou(self.folder)
         self._agree_on(0 if snapshot is None else snapshot.step)
         distributed.barrier(self.across)  # every rank has read the folder before rank 0 writes to it
         if snapshot is not None:
@@ -213,10 +219,11 @@ class _Run:
             if own is not None and own > best_miou:  # killed before best.json could name this checkpoint
                 self._best_miou = own
                 if self.across.rank == 0:
-                    checkpoint.mark_best(self.folder, snapshot.step, own)
+                    retention.mark_best(self.folder, snapshot.step, own)
             _log.info("going on from step %d", self.trainer.step)
         if self.across.rank == 0:
             self.folder.write_bytes("config.yaml", text.encode())
+        return Saver(self.folder, self.across, self.trainer.device, self.config.train.keep)
 
     def _agree_on(self, step: int) -> None:
         """Refuses, on all ranks, that each goes on from another step."""
@@ -271,6 +278,7 @@ class _Run:
 
     def _log_training(self, step: int, metrics: dict[str, float]) -> None:
         """What the trainer has measured, how often the pools have been seen, and how much of them was skipped."""
+        self._saver.check()
         self._agree_on_skips()
         self.guards.training(step, metrics)
         if self.progress is not None:
@@ -300,12 +308,11 @@ class _Run:
     def _save(self, step: int) -> None:
         self._agree_on_skips()
         self.watchdog.beat()
-        snapshot = self.trainer.snapshot()  # of all ranks: each may hold a part of it
-        if self.across.rank != 0:
-            return
         now = time.perf_counter()
         self.seconds += now - self._clock
         self._clock = now
+        best = self._best_miou if self._best_step == step else None
+        snapshot = self.trainer.snapshot()  # of all ranks: each may hold a part of it
         snapshot.state |= {
             "seconds": self.seconds,
             "seed": self.config.seed,
@@ -313,15 +320,13 @@ class _Run:
             "skipped": self.skips.as_rows(),
             "classes": list(self.labeled.classes),
             "palette": [list(colour) for colour in self.labeled.palette],
-            "best_miou": self._best_miou if self._best_step == step else None,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "best_miou": best,
         }
         if self.record is not None:
             self.record.flush()  # before the checkpoint: who goes on from it has the numbers up to it
-        checkpoint.save(self.folder, snapshot)
-        if self._best_step == step:
-            checkpoint.mark_best(self.folder, step, self._best_miou)
-        checkpoint.keep_newest(self.folder, self.config.train.keep, step)
+        self._saver.save(snapshot, best)
+        if self.record is not None:
+            self.record.write(step, {"checkpoint/stopped_s": time.perf_counter() - now})
         self.watchdog.beat()
 
     def _evaluate(self, step: int) -> bool:
@@ -335,7 +340,9 @@ class _Run:
                 precision=trainer.precision, progress=lambda done, total: self.watchdog.beat(), images=images,
             )  # fmt: skip
 
-        matrix = measure(trainer.evaluated)
+        way = "Lower eval.batch, or set eval.mode=sliding_window and eval.window"
+        with one_line_without_room(self.config, self.across, trainer.device, lambda: "an evaluation", way):
+            matrix = measure(trainer.evaluated)
         miou = 100.0 * float(mean_iou(matrix))
         per_class = {name: 100.0 * float(value) for name, value in zip(classes, iou(matrix), strict=True)}
         accuracy = 100.0 * float(pixel_accuracy(matrix))

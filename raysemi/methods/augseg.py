@@ -25,7 +25,7 @@ from torch import Tensor
 from raysemi.base import Config, choices, search
 from raysemi.data.types import SemiBatch
 from raysemi.errors import ConfigError
-from raysemi.methods.base import Average, Method, StepContext, Teacher, group_size
+from raysemi.methods.base import Average, Method, StepContext, Teacher, counted_pixels, group_size
 from raysemi.methods.weighting import UnlabeledPass
 from raysemi.ops.draws import beta
 from raysemi.ops.losses import IGNORE, Criterion, Objective, labeled_loss, supervised, unsupervised
@@ -139,6 +139,13 @@ class AugSeg(Method):
         super().__init__(config, num_classes)
         self.config = config
         self.average = config.average
+
+    def normalisers(self, batch: SemiBatch, context: StepContext) -> dict[str, Tensor] | None:
+        """Annotated pixels, and all of the unlabeled images; where labels are pasted is up to the teacher."""
+        if self.config.normaliser == "valid":
+            return None
+        every_UHW = torch.ones_like(batch.valid_UHW)
+        return counted_pixels(self, self.config.criterion, batch, context, {"consistency": every_UHW})
 
     def objectives(self, batch: SemiBatch, context: StepContext) -> dict[str, Objective]:
         """The labeled loss and the consistency on strong views after adaptive CutMix."""

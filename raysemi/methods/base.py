@@ -20,7 +20,7 @@ from raysemi.data.types import SemiBatch, StrongViews
 from raysemi.methods.weighting import NoWeighting, Weighting
 from raysemi.models.segmentor import Channels, Segmentor
 from raysemi.ops import draws
-from raysemi.ops.losses import Objective
+from raysemi.ops.losses import Criterion, Objective, labeled_normaliser, num_pixels
 
 
 class AcrossRanks(Protocol):
@@ -111,6 +111,9 @@ class StepContext:
     """What stands for the papers' epoch, in steps (`train.period`)."""
     seed: int
     across: AcrossRanks
+    """The ranks; where a share is passed in micro-batches, each of these is a rank."""
+    parts: int = 1
+    """Micro-batches of a rank's share (`train.micro_batch`)."""
     listener: Callable[[str, Tensor], None] | None = None
 
     def observe(self, name: str, value: Tensor) -> None:
@@ -208,9 +211,35 @@ class Method(nn.Module, ABC):
         """
         return 0.0
 
+    def normalisers(self, batch: SemiBatch, context: StepContext) -> dict[str, Tensor] | None:
+        """What `objectives` divides each term by on this share, where the data alone says it: no network is asked.
+
+        With it, micro-batches (`train.micro_batch`) need no pass before the one that trains. The same names in the same
+        order, the same sums over ranks in the same order; None, before any sum, where predictions decide.
+        """
+        return None
+
     @abstractmethod
     def objectives(self, batch: SemiBatch, context: StepContext) -> dict[str, Objective]:
         """The terms of the loss, by name, on this rank's share; the same names on all ranks. Never calls backward."""
+
+
+def counted_pixels(
+    method: Method, criterion: Criterion, batch: SemiBatch, context: StepContext, unlabeled: dict[str, Tensor]
+) -> dict[str, Tensor] | None:
+    """`Method.normalisers` of a term `supervised` and of terms that divide by the number of some unlabeled pixels.
+
+    Args:
+        method: its weights, if there are some, come from predictions.
+        criterion: of the labeled images.
+        batch: this share.
+        context: the step.
+        unlabeled: the pixels of each further term, bool.
+    """
+    if method.weighting.predicts or criterion.name == "ohem":
+        return None
+    labeled = labeled_normaliser(criterion, batch.label_LHW, context.student.num_classes, context.across)
+    return {"supervised": labeled, **{name: num_pixels(chosen_UHW) for name, chosen_UHW in unlabeled.items()}}
 
 
 @contextmanager

@@ -11,10 +11,11 @@ from typing import Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from raysemi.base import Config, search
 from raysemi.data.types import SemiBatch
-from raysemi.methods.base import Average, Method, StepContext, Teacher
+from raysemi.methods.base import Average, Method, StepContext, Teacher, counted_pixels
 from raysemi.methods.weighting import UnlabeledPass
 from raysemi.ops.losses import Criterion, Objective, labeled_loss, supervised, unsupervised
 from raysemi.ops.mixing import paste
@@ -47,6 +48,11 @@ class FixMatch(Method):
         self.factor = config.unsupervised_weight
         self.criterion = config.criterion
         self.average = config.average
+
+    def normalisers(self, batch: SemiBatch, context: StepContext) -> dict[str, Tensor] | None:
+        """Annotated pixels, and valid ones after CutMix."""
+        valid_UHW = paste(batch.boxes_VU4[0], batch.valid_UHW)
+        return counted_pixels(self, self.criterion, batch, context, {"consistency": valid_UHW})
 
     def objectives(self, batch: SemiBatch, context: StepContext) -> dict[str, Objective]:
         """The labeled loss and the consistency on CutMixed strong views."""

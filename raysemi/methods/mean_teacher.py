@@ -11,10 +11,11 @@ from typing import Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from raysemi.base import Config, choices, search
 from raysemi.data.types import SemiBatch
-from raysemi.methods.base import Average, Method, StepContext, Teacher
+from raysemi.methods.base import Average, Method, StepContext, Teacher, counted_pixels
 from raysemi.methods.weighting import UnlabeledPass
 from raysemi.ops.losses import Criterion, Objective, labeled_loss, supervised, unsupervised
 from raysemi.ops.pseudo_label import confidence_and_label
@@ -50,6 +51,10 @@ class MeanTeacher(Method):
     def ramp_steps(self, steps: int) -> float:
         """Of `ramp`."""
         return self.config.ramp * steps
+
+    def normalisers(self, batch: SemiBatch, context: StepContext) -> dict[str, Tensor] | None:
+        """Annotated pixels, and valid ones."""
+        return counted_pixels(self, self.config.criterion, batch, context, {"consistency": batch.valid_UHW})
 
     def objectives(self, batch: SemiBatch, context: StepContext) -> dict[str, Objective]:
         """The labeled loss and the consistency on strong views."""

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from typing import Literal
 
+from torch import Tensor
+
 from raysemi.base import Config
 from raysemi.data.types import SemiBatch
-from raysemi.methods.base import Average, Method, StepContext
+from raysemi.methods.base import Average, Method, StepContext, counted_pixels
 from raysemi.ops.losses import Criterion, Objective, labeled_loss, supervised
 
 
@@ -33,6 +35,10 @@ class Supervised(Method):
         super().__init__(config, num_classes)
         self.criterion = config.criterion
         self.average = config.average
+
+    def normalisers(self, batch: SemiBatch, context: StepContext) -> dict[str, Tensor] | None:
+        """Annotated pixels."""
+        return counted_pixels(self, self.criterion, batch, context, {})
 
     def objectives(self, batch: SemiBatch, context: StepContext) -> dict[str, Objective]:
         """One term: the labeled loss."""

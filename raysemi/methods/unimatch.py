@@ -17,7 +17,7 @@ from torch import Tensor
 
 from raysemi.base import Config, choices, search
 from raysemi.data.types import SemiBatch
-from raysemi.methods.base import Average, Method, StepContext, in_eval_mode
+from raysemi.methods.base import Average, Method, StepContext, counted_pixels, in_eval_mode
 from raysemi.methods.perturbation import with_perturbed
 from raysemi.methods.weighting import UnlabeledPass
 from raysemi.models.segmentor import Prediction
@@ -84,6 +84,17 @@ class UniMatch(Method):
         self.config = config
         self.average = config.average
         self.second_view = config.cutmix.partner == "second_view"
+
+    def normalisers(self, batch: SemiBatch, context: StepContext) -> dict[str, Tensor] | None:
+        """Annotated pixels, valid ones after the CutMix of each view, and valid ones."""
+        theirs_UHW = partner(batch.valid_UHW) if batch.second_valid_UHW is None else batch.second_valid_UHW
+        valid = {
+            f"strong_{number + 1}": paste(boxes_U4, batch.valid_UHW, source=[theirs_UHW])
+            for number, boxes_U4 in enumerate(batch.boxes_VU4)
+        }
+        if self.config.fp.weight > 0.0:
+            valid["perturbed"] = batch.valid_UHW
+        return counted_pixels(self, self.config.criterion, batch, context, valid)
 
     def objectives(self, batch: SemiBatch, context: StepContext) -> dict[str, Objective]:
         """The labeled loss and three consistency terms."""

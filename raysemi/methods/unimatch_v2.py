@@ -14,10 +14,11 @@ from typing import Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from raysemi.base import Config, choices, search
 from raysemi.data.types import SemiBatch
-from raysemi.methods.base import Average, Method, StepContext, Teacher
+from raysemi.methods.base import Average, Method, StepContext, Teacher, counted_pixels
 from raysemi.methods.perturbation import with_complementary
 from raysemi.methods.weighting import UnlabeledPass
 from raysemi.ops.losses import Criterion, Objective, labeled_loss, supervised, unsupervised
@@ -52,6 +53,13 @@ class UniMatchV2(Method):
         super().__init__(config, num_classes)
         self.config = config
         self.average = config.average
+
+    def normalisers(self, batch: SemiBatch, context: StepContext) -> dict[str, Tensor] | None:
+        """Annotated pixels, and valid ones after the CutMix of each view."""
+        valid = {
+            f"strong_{number + 1}": paste(boxes_U4, batch.valid_UHW) for number, boxes_U4 in enumerate(batch.boxes_VU4)
+        }
+        return counted_pixels(self, self.config.criterion, batch, context, valid)
 
     def objectives(self, batch: SemiBatch, context: StepContext) -> dict[str, Objective]:
         """The labeled loss and a consistency term for each strong view."""

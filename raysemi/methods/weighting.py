@@ -59,6 +59,9 @@ class UnlabeledPass:
 class Weighting(nn.Module, ABC):
     """Factors on pseudo-labeled pixels; a module, so that its memory is saved with the run."""
 
+    predicts: bool = True
+    """Whether predictions decide factors or normalisers."""
+
     @abstractmethod
     def reliable(self, label_UHW: Tensor, confidence_UHW: Tensor, batch: SemiBatch) -> Tensor:
         """Pixels of the weak views whose vectors may be remembered: bool [U, H, W]."""
@@ -104,6 +107,8 @@ class NoWeightingConfig(Config):
 
 class NoWeighting(Weighting):
     """Every pixel weighs 1."""
+
+    predicts = False
 
     def reliable(self, label_UHW: Tensor, confidence_UHW: Tensor, batch: SemiBatch) -> Tensor:
         """Whatever is not padding; nobody reads it."""

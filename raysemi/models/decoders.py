@@ -49,7 +49,8 @@ def dropouts(network: nn.Module) -> dict[str, int]:
 
 def resize(x_BDhw: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear, corners aligned; a map that has the size already is returned as it is."""
-    if tuple(x_BDhw.shape[-2:]) == tuple(size):
+    # an exported graph is for all sizes: there it is resampled, to the same numbers, rather than compared
+    if not torch.compiler.is_exporting() and tuple(x_BDhw.shape[-2:]) == tuple(size):
         return x_BDhw
     return functional.interpolate(x_BDhw, size=tuple(size), mode="bilinear", align_corners=True)
 
@@ -89,7 +90,7 @@ class AtrousPyramid(nn.Module):
             ConfigError: training with one image, from which BatchNorm cannot normalise the pooled branch.
         """
         norm = self.pooled[1]
-        if len(high_BDhw) == 1 and type(norm) is nn.BatchNorm2d and norm.training:
+        if type(norm) is nn.BatchNorm2d and norm.training and len(high_BDhw) == 1:
             raise ConfigError(
                 "train.batch must give each rank at least 2 images a pass, since BatchNorm cannot normalise the pooled "
                 "branch over one value; got 1. Raise train.batch, use fewer ranks or set model.batch_norm=frozen."

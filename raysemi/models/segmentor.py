@@ -204,6 +204,8 @@ class Segmentor(nn.Module):
     def seen_size(self, size: Sequence[int]) -> tuple[int, ...]:
         """Size at which the encoder sees images of a size: the nearest multiples of a patch, as in UniMatch V2."""
         multiple = self.encoder.multiple
+        if multiple == 1:
+            return tuple(size)
         return tuple(max(1, (2 * side + multiple) // (2 * multiple)) * multiple for side in size)
 
     def encode(self, images_B3HW: Tensor) -> Features:

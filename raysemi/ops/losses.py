@@ -256,6 +256,20 @@ def labeled_loss(
     return (loss_BHW * kept_BHW).sum(), _count(kept_BHW, loss_BHW.dtype)
 
 
+def labeled_normaliser(criterion: Criterion, labels_BHW: Tensor, classes: int, across: SumsOverRanks) -> Tensor:
+    """What `labeled_loss` divides by, from the labels alone, with the same sums over ranks; not for ohem, where
+    predictions decide it."""
+    assert criterion.name != "ohem"
+    if criterion.name == "balanced":
+        class_balance(labels_BHW, classes, criterion.power, across.sum)
+    return num_pixels(labels_BHW != IGNORE)
+
+
+def num_pixels(chosen_BHW: Tensor) -> Tensor:
+    """How many pixels are chosen: int64 scalar, on their device."""
+    return chosen_BHW.sum(dtype=torch.int64)
+
+
 def _check_ohem(threshold: float, min_kept: int) -> None:
     faults = []
     if not 0.0 <= threshold < 1.0:
@@ -271,7 +285,7 @@ def _at_least_fp32(logits_BKHW: Tensor) -> Tensor:
 
 
 def _count(chosen_BHW: Tensor, dtype: torch.dtype) -> Tensor:
-    return chosen_BHW.sum(dtype=torch.int64).to(dtype)  # counted in integers: fp32 loses ones above 2**24
+    return num_pixels(chosen_BHW).to(dtype)  # counted in integers: fp32 loses ones above 2**24
 
 
 def _cross_entropy_map(logits_BKHW: Tensor, labels_BHW: Tensor, ignore_index: int) -> Tensor:

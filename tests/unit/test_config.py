@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from raysemi.config import RayConfig, RunConfig, broken_rules, check_world, uses_unlabeled
+from raysemi.config import RayConfig, RunConfig, broken_rules, check_world
+from raysemi.config_shares import uses_unlabeled
 from raysemi.errors import ConfigError
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from pyarrow import fs
 
-from raysemi.data import loader
+from raysemi.data import loader, steps
 from raysemi.data.boxes import SCHEMA, open_boxes, write_boxes
 from raysemi.data.loader import DataConfig, Stream, loader_processes
 from raysemi.data.order import Order
@@ -288,7 +288,7 @@ def test_a_dead_loader_process_is_explained(pools, monkeypatch):
     import os
     import signal
 
-    monkeypatch.setattr(loader._Steps, "_batch", lambda self, step, skipped: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(steps.Steps, "_batch", lambda self, step, skipped: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(DataFailure, match=r"loader processes must stay alive.*data\.loader_processes"):
         list(stream(pools, loader_processes=1))
 
@@ -300,7 +300,7 @@ def test_a_store_that_does_not_answer_stays_the_cause(pools, monkeypatch, proces
     def fail(self, row, offset, length, what):
         raise DataError("shard must be readable") from ConnectionError("timed out")
 
-    monkeypatch.setattr(loader.Reader, "_payload", fail)
+    monkeypatch.setattr(steps.Reader, "_payload", fail)
     with pytest.raises(DataError) as caught:
         list(stream(pools, loader_processes=processes))
     assert isinstance(caught.value.__cause__, ConnectionError)

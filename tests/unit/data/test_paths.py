@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import pickle
 import signal
 import subprocess
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
 import pytest
-from object_store import client, upload
+from object_store import CREDENTIALS, client, upload
 from PIL import Image
 from pyarrow import fs
 
 from raysemi.data.pack import pack
 from raysemi.data.paths import as_path, below
+from raysemi.data.shard import ShardPlan, finish_pool
 from raysemi.data.sources import open_source
 from raysemi.data.store import StoreConfig
 from raysemi.errors import DataError, DataFailure
@@ -42,6 +45,13 @@ def folder(tmp_path: Path) -> Path:
     (root / "splits").mkdir()
     (root / "splits/few.txt").write_text("a/00\nb/03\na/08\nimages/train/b/07.jpg labels/train/b/07.png\n")
     return root
+
+
+@pytest.fixture(scope="module")
+def fork_server() -> None:
+    """Runs before there are credentials, as after an earlier pack of the same program."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["raysemi.data.shard", "webdataset"])
+    forkserver.ensure_running()
 
 
 @pytest.fixture
@@ -71,7 +81,7 @@ def remote(filesystem: fs.FileSystem, folder: str) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_from_a_store_into_a_store_gives_the_bytes_of_a_local_pack(folder, tmp_path, s3, store, processes):
+def test_from_a_store_into_a_store_gives_the_bytes_of_a_local_pack(fork_server, folder, tmp_path, s3, store, processes):
     plain, bucket = store
     upload(folder, s3, f"{bucket}/source")
     run(folder, tmp_path / "out")
@@ -262,3 +272,34 @@ def test_a_large_upload_is_whole_and_a_broken_one_leaves_nothing(store):
     with pytest.raises(KeyboardInterrupt):
         (there := as_path(f"s3://{bucket}/broken")).upload(Breaks(content))
     assert not there.exists()
+
+
+def test_an_upload_that_the_store_garbles_is_told(store, monkeypatch):
+    _, bucket = store
+    for name in CREDENTIALS:
+        monkeypatch.delenv(name)  # of an unsigned upload moto keeps the frames of its chunks too
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(OSError, match=r"\d+ bytes in the store where 5 were sent"):
+        as_path(f"s3://{bucket}/file").upload(io.BytesIO(b"bytes"))
+
+
+def test_a_shard_that_is_not_as_it_was_written_is_told_by_what_differs(tmp_path):
+    plan = ShardPlan(tmp_path / "val-000000.tar", (), "plan")
+    plan.part.parent.mkdir()
+
+    def found(part: str | None, content: bytes | None = b"tar") -> str:
+        for path, kept in ((plan.part, part and part.encode()), (plan.path, content)):
+            path.unlink(missing_ok=True) if kept is None else path.write_bytes(kept)
+        with pytest.raises(
+            DataError, match=r"val-000000\.tar must stay until its pool is done; got .*\. Run"
+        ) as caught:
+            finish_pool(tmp_path, [plan], ("sky",), ((0, 0, 0),), {})
+        return str(caught.value)
+
+    whole = '{"fingerprint": "plan", "bytes": 3, "sha256": "", "rows": []}'
+    assert "nothing there" in found(None)
+    assert "nothing there" in found(whole, None)
+    assert "4 bytes instead of 3" in found(whole, b"more")
+    assert "of other samples or settings" in found(whole.replace("plan", "other"))
+    assert "with other content than was written" in found("3D\r\n" + whole)
+    assert "with other content than was written" in found("{}")

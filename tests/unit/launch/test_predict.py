@@ -170,8 +170,8 @@ def test_a_finished_shard_that_changed_is_written_again(
     calm, torn = tmp_path / "calm", tmp_path / "torn"
     predict(trained, pool, calm)
     with monkeypatch.context() as patch:
-        patch.setattr("raysemi.data.shard.read_part", lambda plan: None)
-        with pytest.raises(DataError, match="must stay until its pool is done"):
+        patch.setattr("raysemi.data.shard.read_part", lambda plan: "another")
+        with pytest.raises(DataError, match="must stay until its pool is done; got another"):
             predict(trained, pool, torn)
     with (torn / "predicted-000001.tar").open("r+b") as shard:
         shard.seek(700)

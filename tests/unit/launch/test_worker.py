@@ -14,7 +14,7 @@ from makers import tiny_run
 from raysemi import api, config_io
 from raysemi.data.pack import pack
 from raysemi.data.sources.scenes import Scenes
-from raysemi.engine import checkpoint
+from raysemi.engine import checkpoint, retention
 from raysemi.engine.folder import RunFolder
 from raysemi.errors import CheckpointError, ConfigError, DataError
 from raysemi.launch import worker
@@ -168,14 +168,14 @@ def test_a_run_heals_after_a_broken_newest_checkpoint(scenes, tmp_path):
     settings = ["train.steps=8", "train.keep=1", "train.checkpoint_every=2", "eval.every=8"]
     folder = RunFolder(tmp_path / "run")
     run(tiny_run(scenes, tmp_path / "run", "supervised", *settings, "train.keep=9", "train.stop_at=4"))
-    checkpoint.mark_best(folder, 4, 99.0)
+    retention.mark_best(folder, 4, 99.0)
     cut = tmp_path / "run" / "checkpoints" / "step-000004" / "student.safetensors"
     cut.write_bytes(cut.read_bytes()[:-1])
     run(tiny_run(scenes, tmp_path / "run", "supervised", *settings, "train.stop_at=3"))
     assert newest(tmp_path / "run").step == 3
     result = run(tiny_run(scenes, tmp_path / "run", "supervised", *settings))
-    assert checkpoint.best_step(folder) == 8
-    assert checkpoint.best_miou(folder) == result["miou"] < 99.0
+    assert retention.best_step(folder) == 8
+    assert retention.best_miou(folder) == result["miou"] < 99.0
     assert checkpoint.steps(folder) == [8]
 
 
