@@ -15,6 +15,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -194,26 +195,35 @@ class Shards:
         """At stage 3 `student` becomes a plain copy with whole weights, made by one gather; else nothing is to do."""
         return nullcontext() if self._config.stage < 3 else self._together()
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """State of student and optimizer, whole on every rank; what had to be gathered lies on the CPU."""
+    def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """State of student and optimizer; what no rank has whole is gathered when it is read, by all ranks at once."""
         if self._config.stage == 0:
             return {"student": self.student.state_dict(), "optimizer": self._optimizer.tensors()}
-        sharded = self._config.stage == 3
-        student = {
-            name: value.cpu().clone() if sharded else value for part in self.parts() for name, value in part.items()
-        }
-        gather = self._deepspeed.utils.safe_get_full_optimizer_state
-        state = {
-            f"{name}/{key}": gather(parameter, key).cpu()
-            for name, parameter in self._named.items()
-            for key in self._optimizer.kinds
-        }
+        student = self._module.student.state_dict()
+        sharded = dict(self._module.student.named_parameters()) if self._config.stage == 3 else {}
+
+        def weight(name: str) -> Tensor:
+            if name not in sharded:
+                return student[name]
+            with self._gathered([sharded[name]]):
+                return sharded[name].detach().clone()
+
+        def moment(path: str) -> Tensor:
+            name, _, key = path.rpartition("/")
+            whole: Tensor = self._deepspeed.utils.safe_get_full_optimizer_state(self._named[name], key)
+            return whole
+
+        moments = [f"{name}/{key}" for name in self._named for key in self._optimizer.kinds]
+        state: dict[str, Callable[[], Tensor]] = {path: partial(moment, path) for path in moments}
         for count in self._counts[:1]:  # of all shards the same
-            state |= {f"{name}/step": count.clone() for name in self._named}
-        return {"student": student, "optimizer": state}
+            state |= {f"{name}/step": count.clone for name in self._named}
+        return {
+            "student": _WhenRead({name: partial(weight, name) for name in student}),
+            "optimizer": _WhenRead(state),
+        }
 
     @torch.no_grad()
-    def load(self, tensors: Mapping[str, dict[str, Tensor]]) -> None:
+    def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Restores what the `tensors` of any strategy gave."""
         stage, student, state = self._config.stage, self._module.student, tensors["optimizer"]
         if stage == 0:
@@ -275,6 +285,22 @@ class Shards:
         return list(
             zero.fp32_partitioned_groups_flat if self._config.stage == 3 else zero.single_partition_of_fp32_groups
         )
+
+
+class _WhenRead(Mapping[str, Tensor]):
+    """Tensors by name, each made anew when it is read."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._makers = makers
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._makers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
 
 
 class _Work(nn.Module):
