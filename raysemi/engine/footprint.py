@@ -27,7 +27,6 @@ from raysemi.engine.gradients import GradientRule, GradientsConfig
 from raysemi.engine.memory import gib
 from raysemi.engine.optim import OptimConfig
 from raysemi.engine.strategy import StepModule
-from raysemi.engine.zero_config import ZeroConfig
 from raysemi.methods.base import Method, SingleRank, StepContext
 from raysemi.models.segmentor import Segmentor
 
@@ -82,7 +81,6 @@ def footprint(
     crop: int,
     world: int = 1,
     precision: torch.dtype = torch.float32,
-    zero: ZeroConfig | None = None,
 ) -> Footprint:
     """Makes a step of fake tensors; student and method stay as they are, on the CPU.
 
@@ -95,8 +93,6 @@ def footprint(
         crop: side of the images, pixels.
         world: ranks.
         precision: autocast type; as the CPU's kernels understand it, which keep more in float32 than a GPU's.
-        zero: of `train.strategy=deepspeed`: what is spread over ranks, or lies on the CPU beside a GPU, counts by a
-            rank's share; by the rules of ZeRO, not measured.
     """
     trained = _bytes(p for p in student.parameters() if p.requires_grad)
     pareto = gradients.name == "pareto"
@@ -128,13 +124,8 @@ def footprint(
     passes = max(0, live.most - images - (gradient_bytes if held else 0))
     moments = {"sgd": 1 if optim.momentum else 0, "adamw": 2}[optim.name] * trained
     state = _bytes([*student.parameters(), *student.buffers()])
-    parameters_here = state
-    if zero is not None and zero.stage > 0:
-        moments = (moments + trained) // world if zero.offload == "none" else 0  # with weights of its own in fp32
-        gradient_bytes = gradient_bytes if flat or zero.stage == 1 else trained // world + 4 * zero.bucket
-        parameters_here = state if zero.stage < 3 else state // world if zero.offload != "all" else 0
     return Footprint(
-        parameters=parameters_here,
+        parameters=state,
         gradients=gradient_bytes,
         optimizer=moments,
         teacher=0 if teacher is None else state,
