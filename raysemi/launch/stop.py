@@ -64,8 +64,9 @@ class StopVote:
             votes = torch.tensor([float(wanted), seconds], device=self._device)
             most, seconds = self._across.max(votes).tolist()
             wanted = most > 0
+        # Doubled at most: steps that are only queued look short, and the first one is like no other.
+        self._next = max(1, min(2 * self._steps, int(ASKED_EVERY_S / max(seconds, 1e-6))))
         self._steps, self._since = 0, now
-        self._next = max(1, int(ASKED_EVERY_S / max(seconds, 1e-6)))
         return wanted
 
 

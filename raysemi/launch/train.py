@@ -75,7 +75,7 @@ def _on_ray(config: RunConfig, settings: RayConfig, on_log: OnLog | None, presse
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         # Beside the driver, as Ray Train's controller: the nodes of workers may go.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Board)
         board = actor.remote()
         cpus, gpu = worker_resources(settings, cluster)
@@ -221,19 +221,20 @@ def _trainer(config: RunConfig, settings: RayConfig, cluster: Cluster, work: dic
     for name in ("ray.train", "ray.tune", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
     gpu = settings.use_gpu is True
-    scaling = train.ScalingConfig(
+    configs: Any = train  # their annotations are those of the first version of Ray Train
+    scaling = configs.ScalingConfig(
         num_workers=settings.num_workers,
         use_gpu=gpu,
         resources_per_worker={"CPU": settings.cpus_per_worker} | ({"GPU": 1} if gpu else {}),
         elastic_resize_monitor_interval_s=settings.resize_every_s,
     )
     storage = settings.storage or (folder if cluster.here else f"{config.run.rstrip('/')}/ray")
-    run = train.RunConfig(
+    run = configs.RunConfig(
         # Ours are the checkpoints, so each launch is a new run to Ray Train.
         name=f"raysemi-{int(time.time())}-{secrets.token_hex(4)}",
         storage_path=storage,
         # Starting again is done here: Ray Train would also repeat what cannot go better, such as a corrupt sample.
-        failure_config=train.FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
+        failure_config=configs.FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
     )
     timeout_s = round(distributed.collective_timeout_s(config.train.hang_after_s))
     backend = TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=timeout_s)
