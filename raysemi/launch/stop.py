@@ -109,6 +109,7 @@ class Terminated:
     since: float | None = None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Handles the signal."""
         self.since = self.since or time.monotonic()
 
     @property

@@ -20,7 +20,7 @@ from raysemi.config import RayConfig, RunConfig
 from raysemi.data.pool import Pool
 from raysemi.engine import checkpoint
 from raysemi.engine.folder import RunFolder
-from raysemi.errors import ConfigError, DataError, RaysemiError
+from raysemi.errors import ConfigError, DataError
 from raysemi.launch.cluster import connected
 from raysemi.launch.train import _refuse_relative_paths, launch
 
