@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import shutil
 from pathlib import Path
 
-import torch
+from forks import ranks
 from makers import tiny_run
 
 from raysemi.config import RunConfig
-from raysemi.engine import checkpoint, distributed
+from raysemi.engine import checkpoint
 from raysemi.engine.folder import RunFolder
 from raysemi.errors import CheckpointError
 from raysemi.launch.worker import run
 
 
-def rank(number: int, folder: Path, config: RunConfig) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder / 'store'}", rank=number, world_size=2)
+def rank(number: int, folder: Path, configs: list[RunConfig]) -> None:
     try:
-        run(config)
+        run(configs[number])
     except CheckpointError as error:
         (folder / f"said-{number}.txt").write_text(str(error), encoding="utf-8")
-    distributed.leave()
 
 
 def test_ranks_that_would_go_on_from_different_steps_all_stop(scenes, tmp_path):
@@ -33,14 +29,8 @@ def test_ranks_that_would_go_on_from_different_steps_all_stop(scenes, tmp_path):
     assert checkpoint.steps(RunFolder(tmp_path / "run-0")) == [1, 2]
     shutil.copytree(tmp_path / "run-0", tmp_path / "run-1")
     shutil.rmtree(tmp_path / "run-1" / "checkpoints" / "step-000002")
-    spawn = multiprocessing.get_context("spawn")
     configs = [tiny_run(scenes, tmp_path / f"run-{number}", "fixmatch", *settings[:-1]) for number in range(2)]
-    ranks = [spawn.Process(target=rank, args=(number, tmp_path, config)) for number, config in enumerate(configs)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(120)
-        assert process.exitcode == 0
+    assert ranks(2, tmp_path, rank, tmp_path, configs) == [0, 0]
     for number in range(2):
         said = (tmp_path / f"said-{number}.txt").read_text(encoding="utf-8")
         assert "step 1 on one rank and 2 on another" in said
