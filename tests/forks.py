@@ -8,16 +8,22 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 FORKS = multiprocessing.get_context("forkserver")
-PRELOAD = ["raysemi.cli", "raysemi.launch.train", "raysemi.launch.worker", "raysemi.data.shard", "timm", "webdataset"]
+PRELOAD = [
+    "raysemi.cli", "raysemi.launch.train", "raysemi.launch.worker", "raysemi.data.shard", "timm", "webdataset",
+    "deepspeed",
+]  # fmt: skip
 
 
 def start() -> None:
     """Starts the interpreter unless it runs. A process has one, which keeps what its first user asked it to import."""
     FORKS.set_forkserver_preload(PRELOAD)
-    forkserver.ensure_running()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported: else it looks for a GPU
+        forkserver.ensure_running()
 
 
 def _rank(number: int, world: int, store: Path, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:

@@ -9,6 +9,7 @@ over ranks and hands the result over through a node whose gradient is just that.
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.metadata
 import importlib.util
 import logging
@@ -93,7 +94,7 @@ class Shards:
         module.student.to(memory_format=torch.contiguous_format)  # as DeepSpeed lays weights out, in flat buffers
         self._blank = _without_weights(module.student) if config.stage == 3 else None
         self._whole: Segmentor | None = None
-        distributed.join_alone()
+        distributed.join_alone(device)
         optimizer.begin(())  # a parameter's state would stay beside that of the shards
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it; the device is the one given below
         self._engine, *_ = self._deepspeed.initialize(
@@ -165,7 +166,7 @@ class Shards:
         if self._config.stage < 3:
             yield student.state_dict()
             return
-        parameters = dict(student.named_parameters())
+        parameters: dict[str, Any] = dict(student.named_parameters())
         for names in _portions({name: p.ds_numel for name, p in parameters.items()}, self._config.bucket):
             with self._gathered(parameters[name] for name in names):
                 yield {name: parameters[name].data for name in names}
@@ -194,26 +195,27 @@ class Shards:
         """At stage 3 `student` becomes a plain copy with whole weights, made by one gather; else nothing is to do."""
         return nullcontext() if self._config.stage < 3 else self._together()
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """State of student and optimizer, whole on every rank; what had to be gathered lies on the CPU."""
+    def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """State of student and optimizer; what lies in shards is gathered when it is read, by all ranks."""
+        student = self._module.student.state_dict()
         if self._config.stage == 0:
-            return {"student": self.student.state_dict(), "optimizer": self._optimizer.tensors()}
-        sharded = self._config.stage == 3
-        student = {
-            name: value.cpu().clone() if sharded else value for part in self.parts() for name, value in part.items()
-        }
+            return {"student": student, "optimizer": self._optimizer.tensors()}
+        weights: dict[str, Callable[[], Tensor]] = {name: functools.partial(_same, v) for name, v in student.items()}
+        if self._config.stage == 3:
+            weights |= {name: functools.partial(self._one, p) for name, p in self._module.student.named_parameters()}
         gather = self._deepspeed.utils.safe_get_full_optimizer_state
-        state = {
-            f"{name}/{key}": gather(parameter, key).cpu()
-            for name, parameter in self._named.items()
-            for key in self._optimizer.kinds
-        }
-        for count in self._counts[:1]:  # of all shards the same
-            state |= {f"{name}/step": count.clone() for name in self._named}
-        return {"student": student, "optimizer": state}
+        state: dict[str, Callable[[], Tensor]] = {}
+        for name, parameter in self._named.items():
+            state |= {f"{name}/{key}": functools.partial(gather, parameter, key) for key in self._optimizer.kinds}
+            state |= {f"{name}/step": functools.partial(_same, count) for count in self._counts[:1]}  # one for all
+        return {"student": _WhenRead(weights), "optimizer": _WhenRead(state)}
+
+    def _one(self, parameter: Tensor) -> Tensor:
+        with self._gathered([parameter]):
+            return parameter.detach().clone()
 
     @torch.no_grad()
-    def load(self, tensors: Mapping[str, dict[str, Tensor]]) -> None:
+    def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Restores what the `tensors` of any strategy gave."""
         stage, student, state = self._config.stage, self._module.student, tensors["optimizer"]
         if stage == 0:
@@ -275,6 +277,26 @@ class Shards:
         return list(
             zero.fp32_partitioned_groups_flat if self._config.stage == 3 else zero.single_partition_of_fp32_groups
         )
+
+
+class _WhenRead(Mapping[str, Tensor]):
+    """Tensors by name, each made when it is read."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._makers = makers
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._makers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+
+def _same(value: Tensor) -> Tensor:
+    return value
 
 
 class _Work(nn.Module):

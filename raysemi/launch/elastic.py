@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import ray
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
 
@@ -38,7 +39,10 @@ class FittingSizes(ElasticScalingPolicy):  # type: ignore[misc]  # Ray gives it 
         self._waiting_since: float | None = None
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
-        possible = super()._count_possible_workers(reserved_resources)
+        # Ray counts nodes that are being taken back, though it starts nothing on them any more.
+        leaving = ray._private.state.state.get_draining_nodes()
+        staying = {node: resources for node, resources in reserved_resources.items() if node not in leaving}
+        possible = super()._count_possible_workers(staying)
         return max((size for size in self._sizes if size <= possible), default=0)
 
     def make_decision_for_non_running_worker_group(self) -> Any:

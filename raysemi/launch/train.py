@@ -72,8 +72,11 @@ def _on_ray(config: RunConfig, settings: RayConfig, on_log: OnLog | None, presse
         if not cluster.here:
             _refuse_relative_paths(config)
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        actor: Any = ray.remote(num_cpus=0)(Board)
+        # Beside the driver, as Ray Train's controller: the nodes of workers may go.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Board)
         board = actor.remote()
         cpus, gpu = worker_resources(settings, cluster)
         for world in {settings.min_workers, settings.max_workers}:

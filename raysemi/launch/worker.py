@@ -68,8 +68,12 @@ def run(
     across = distributed.join(config.train.hang_after_s)
     device = distributed.local_device(accelerator=config.ray == "none" or config.ray.use_gpu is not False)
     check_world(config, across.world, gpu=device.type == "cuda")
+    way = "Use a smaller network, or train.strategy=deepspeed on several ranks"
     try:
-        with Watchdog(RunFolder(config.run), across.rank, config.train.hang_after_s, last_words) as watchdog:
+        with (
+            Watchdog(RunFolder(config.run), across.rank, config.train.hang_after_s, last_words) as watchdog,
+            one_line_without_room(config, across, device, lambda: "the networks", way),
+        ):
             result = _Run(config, across, device, on_log, asked, watchdog).go()
     except RuntimeError as error:
         if isinstance(error, RaysemiError) or not distributed.lost_rank(error):
