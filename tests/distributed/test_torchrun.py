@@ -1,6 +1,6 @@
 """The same commands under torchrun, without Ray: train, evaluate and predict as two ranks of one machine.
 
-Torchrun itself starts one of them; the others get from it what it would say, in processes that have their imports.
+Torchrun itself starts two of them; the others get its environment in forked processes that have their imports.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def test_an_unreadable_image_of_one_rank_is_told_by_all(trained: Path, tmp_path:
     for name in ("a", "c"):
         Image.new("RGB", (50, 40)).save(tmp_path / "in" / f"{name}.png")
     (tmp_path / "in" / "b.png").write_text("not an image")  # rank 1 has this one alone
-    done = two_ranks(tmp_path, "predict", trained, "--images", tmp_path / "in", "--out", tmp_path / "out")
+    done = torchrun("predict", trained, "--images", tmp_path / "in", "--out", tmp_path / "out")
     assert done.returncode != 0
     assert done.stderr.count("all 3 images must be readable; got 1 that are not") == 2
     assert sorted(path.name for path in (tmp_path / "out" / "labels").iterdir()) == ["a.png", "c.png"]
