@@ -76,11 +76,12 @@ def join(hang_after_s: float = 0.0) -> AcrossRanks:
     return ProcessGroup() if dist.is_initialized() else SingleRank()
 
 
-def join_alone() -> None:
+def join_alone(device: torch.device) -> None:
     """Makes a process group of this process alone, for a library that cannot do without one; none if there is one."""
     if not dist.is_initialized():
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        store = dist.HashStore()  # type: ignore[attr-defined]  # documented, and not in its __all__
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
 
 
 def lost_rank(error: RuntimeError) -> bool:

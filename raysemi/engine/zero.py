@@ -9,13 +9,13 @@ over ranks and hands the result over through a node whose gradient is just that.
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.metadata
 import importlib.util
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -94,7 +94,7 @@ class Shards:
         module.student.to(memory_format=torch.contiguous_format)  # as DeepSpeed lays weights out, in flat buffers
         self._blank = _without_weights(module.student) if config.stage == 3 else None
         self._whole: Segmentor | None = None
-        distributed.join_alone()
+        distributed.join_alone(device)
         optimizer.begin(())  # a parameter's state would stay beside that of the shards
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it; the device is the one given below
         self._engine, *_ = self._deepspeed.initialize(
@@ -166,7 +166,7 @@ class Shards:
         if self._config.stage < 3:
             yield student.state_dict()
             return
-        parameters = dict(student.named_parameters())
+        parameters: dict[str, Any] = dict(student.named_parameters())
         for names in _portions({name: p.ds_numel for name, p in parameters.items()}, self._config.bucket):
             with self._gathered(parameters[name] for name in names):
                 yield {name: parameters[name].data for name in names}
@@ -196,31 +196,23 @@ class Shards:
         return nullcontext() if self._config.stage < 3 else self._together()
 
     def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """State of student and optimizer; what no rank has whole is gathered when it is read, by all ranks at once."""
-        if self._config.stage == 0:
-            return {"student": self.student.state_dict(), "optimizer": self._optimizer.tensors()}
+        """State of student and optimizer; what lies in shards is gathered when it is read, by all ranks."""
         student = self._module.student.state_dict()
-        sharded = dict(self._module.student.named_parameters()) if self._config.stage == 3 else {}
+        if self._config.stage == 0:
+            return {"student": student, "optimizer": self._optimizer.tensors()}
+        weights: dict[str, Callable[[], Tensor]] = {name: functools.partial(_same, v) for name, v in student.items()}
+        if self._config.stage == 3:
+            weights |= {name: functools.partial(self._one, p) for name, p in self._module.student.named_parameters()}
+        gather = self._deepspeed.utils.safe_get_full_optimizer_state
+        state: dict[str, Callable[[], Tensor]] = {}
+        for name, parameter in self._named.items():
+            state |= {f"{name}/{key}": functools.partial(gather, parameter, key) for key in self._optimizer.kinds}
+            state |= {f"{name}/step": functools.partial(_same, count) for count in self._counts[:1]}  # one for all
+        return {"student": _WhenRead(weights), "optimizer": _WhenRead(state)}
 
-        def weight(name: str) -> Tensor:
-            if name not in sharded:
-                return student[name]
-            with self._gathered([sharded[name]]):
-                return sharded[name].detach().clone()
-
-        def moment(path: str) -> Tensor:
-            name, _, key = path.rpartition("/")
-            whole: Tensor = self._deepspeed.utils.safe_get_full_optimizer_state(self._named[name], key)
-            return whole
-
-        moments = [f"{name}/{key}" for name in self._named for key in self._optimizer.kinds]
-        state: dict[str, Callable[[], Tensor]] = {path: partial(moment, path) for path in moments}
-        for count in self._counts[:1]:  # of all shards the same
-            state |= {f"{name}/step": count.clone for name in self._named}
-        return {
-            "student": _WhenRead({name: partial(weight, name) for name in student}),
-            "optimizer": _WhenRead(state),
-        }
+    def _one(self, parameter: Tensor) -> Tensor:
+        with self._gathered([parameter]):
+            return parameter.detach().clone()
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -288,7 +280,7 @@ class Shards:
 
 
 class _WhenRead(Mapping[str, Tensor]):
-    """Tensors by name, each made anew when it is read."""
+    """Tensors by name, each made when it is read."""
 
     def __init__(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:
         self._makers = makers
@@ -301,6 +293,10 @@ class _WhenRead(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._makers)
+
+
+def _same(value: Tensor) -> Tensor:
+    return value
 
 
 class _Work(nn.Module):

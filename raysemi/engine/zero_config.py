@@ -6,11 +6,13 @@ buckets' size follow the version. tests/distributed/test_zero.py compares what i
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from raysemi.base import Config
+from raysemi.engine.footprint import Footprint
 
 
 class ZeroConfig(Config):
@@ -39,6 +41,35 @@ class ZeroConfig(Config):
                 f"all with stage {self.stage}. Set it to optimizer, or stage to 3"
             )
         return self
+
+
+def spread(found: Footprint, config: ZeroConfig, world: int, *, pareto: bool, cuda: bool) -> Footprint:
+    """What a step takes of each rank when DeepSpeed spreads it.
+
+    From stage 1 on the optimizer has weights of its own, in shards, beside those of the network.
+
+    Args:
+        found: of a rank that has all.
+        config: `train.zero.*`.
+        world: ranks.
+        pareto: the rule holds both sides' gradients, whole on every rank.
+        cuda: what is offloaded lies elsewhere than the rest.
+    """
+    stage, away = config.stage, config.offload if cuda else "none"
+    if stage == 0:
+        return found
+    one = found.gradients // (2 if pareto else 1)
+    bucket = 4 * config.bucket
+    own = 0 if away != "none" else found.parameters // world
+    weights = found.parameters if stage < 3 else min(2 * bucket, found.parameters)
+    weights += found.parameters // world if stage == 3 and away != "all" else 0
+    return replace(
+        found,
+        parameters=weights + own,
+        gradients=(found.gradients if pareto else 0) + (one if stage == 1 else one // world) + min(bucket, one),
+        optimizer=0 if away != "none" else found.optimizer // world,
+        held=True,
+    )
 
 
 _ON_CPU = {"device": "cpu", "nvme_path": None, "pin_memory": True}

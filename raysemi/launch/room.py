@@ -12,6 +12,7 @@ from raysemi.config import RunConfig, spread_of
 from raysemi.engine.footprint import footprint
 from raysemi.engine.memory import gib, is_out_of_memory, peak_bytes, total_bytes
 from raysemi.engine.trainer import resolve_precision
+from raysemi.engine.zero_config import spread
 from raysemi.errors import OutOfMemory, RaysemiError
 from raysemi.methods.base import AcrossRanks, Method
 from raysemi.models.segmentor import Segmentor
@@ -41,10 +42,17 @@ def tell_footprint(
     if sum(share) * crop**2 < _SMALL:
         return
     parts = config.train.parts(*share)
-    found = footprint(
-        student, method, optim=config.optim, gradients=config.gradients, share=share, parts=parts, crop=crop,
-        world=world, precision=resolve_precision(config.train, device),
-    )  # fmt: skip
+    try:
+        found = footprint(
+            student, method, optim=config.optim, gradients=config.gradients, share=share, parts=parts, crop=crop,
+            world=world, precision=resolve_precision(config.train, device),
+        )  # fmt: skip
+    except Exception as error:  # an encoder may do what fake tensors cannot, and a run does not depend on it
+        _log.info("memory that a step takes of a rank: not known before the first one (%s)", error)
+        return
+    if config.train.strategy == "deepspeed":
+        pareto = config.gradients.name == "pareto"
+        found = spread(found, config.train.zero, world, pareto=pareto, cuda=device.type == "cuda")
     _log.info("memory that a step takes of a rank: %s", found)
     if device.type != "cuda" or found.total <= (room := total_bytes(device)):
         return

@@ -35,7 +35,7 @@ from raysemi.ops.photometric import PARAMETERS
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("needs deepspeed", allow_module_level=True)
-pytestmark = pytest.mark.timeout(900)  # of a busy machine: seven processes begin, each with DeepSpeed
+pytestmark = pytest.mark.timeout(900)
 
 STEPS = 3
 SEEN = ["method.threshold=0.145"]
@@ -66,6 +66,7 @@ WORK = {
     "fixmatch-adamw": ["fixmatch", *SEEN, "optim.name=adamw"],
     "fixmatch-clipped": ["fixmatch", *SEEN, "train.max_grad_norm=0.5"],
     "fixmatch-fixed": ["fixmatch", *SEEN, "gradients=fixed", "gradients.weights=[0.3,0.9]"],
+    "fixmatch-measured": ["fixmatch", *SEEN, "gradients.measure_every=1"],
     "fixmatch-pareto": ["fixmatch", *SEEN, "gradients=pareto", "train.max_grad_norm=0.5"],
     "fixmatch-lagged": ["fixmatch", *SEEN, "gradients=pareto", "gradients.every=2", "gradients.exclusive=alpha"],
     "corrmatch-rank-pareto": [
@@ -88,7 +89,7 @@ class Case:
     """single, ddp, or zero0 to zero3."""
     offload: str = "none"
     parts: int = 1
-    """Times that each step's batch is taken, each adding its gradients."""
+    """Micro-batches of a rank's share."""
     broken: bool = False
     """The strong views of the last rank are NaN in the step before the last."""
     resumed: bool = False
@@ -103,7 +104,7 @@ class Case:
 
     @property
     def reference(self) -> Case:
-        return replace(self, strategy="single", offload="none", resumed=False)
+        return replace(self, strategy="single", offload="none", parts=1, resumed=False)
 
 
 ON_TWO = [
@@ -117,12 +118,14 @@ ON_TWO = [
     Case("fixmatch-clipped", "zero1"),
     Case("fixmatch-clipped", "zero3", offload="all"),
     Case("fixmatch-fixed", "zero3"),
+    Case("fixmatch-measured", "zero2"),
     *(Case(work, f"zero{stage}") for work in ("fixmatch-pareto", "corrmatch-rank-pareto") for stage in (0, 1, 2)),
     Case("fixmatch-pareto", "zero2", offload="optimizer"),
     Case("fixmatch-lagged", "zero2"),
     Case("u2pl-pareto", "zero2"),
-    *(Case("fixmatch", strategy, parts=3) for strategy in ("ddp", "zero0", "zero1", "zero2", "zero3")),
-    *(Case("fixmatch-pareto", strategy, parts=3) for strategy in ("ddp", "zero0", "zero2")),
+    *(Case("fixmatch", f"zero{stage}", parts=2) for stage in (0, 1, 2, 3)),
+    *(Case("corrmatch", f"zero{stage}", parts=2) for stage in (2, 3)),  # whose threshold wants the whole step
+    *(Case("fixmatch-pareto", f"zero{stage}", parts=2) for stage in (0, 2)),
     *(Case("fixmatch", f"zero{stage}", broken=True) for stage in (0, 1, 3)),
     *(Case("fixmatch-pareto", strategy, broken=True) for strategy in ("ddp", "zero0", "zero2")),
     Case("fixmatch-adamw", "zero2", offload="optimizer", broken=True, parts=2),
@@ -146,10 +149,12 @@ class Run:
 
     def __init__(self, pools: Path, folder: Path, case: Case, across: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        part = 8 // across.world // case.parts if case.parts > 1 else "null"
         name = "-".join(map(str, (*astuple(case), across.rank)))
         config = tiny_run(
             pools, folder / name, *case.settings, "model.batch_norm=frozen",
-            "train.batch.labeled=4", "train.batch.unlabeled=8", "optim.lr=0.001", "train.steps=20",
+            "train.batch.labeled=4", "train.batch.unlabeled=8", f"train.micro_batch={part}",
+            "optim.lr=0.001", "train.steps=20",
         )  # fmt: skip
         student, learner = build(config, 7)
         self.across = across
@@ -169,24 +174,9 @@ class Run:
     def step(self, host: Any, case: Case) -> None:
         if case.broken and self.across.rank == self.across.world - 1 and self.trainer.step == STEPS - 2:
             host.photometric_VUP[..., PARAMETERS.index("brightness")] = math.nan
-        if case.parts > 1:
-            _in_parts(self.trainer, case.parts)
         values = self.trainer.train_step(host)
         losses = torch.stack([value for name, value in values.items() if name.startswith("loss/")])
         self.losses.append((self.across.sum(losses) / self.across.world).tolist())
-
-
-def _in_parts(trainer: Trainer, parts: int) -> None:
-    """The next step takes its batch so often, and its gradient is the sum."""
-    accumulate = trainer.strategy.accumulate
-
-    def repeated(batch: Any, context: Any, *, last: bool = True) -> SideLosses:
-        del trainer.strategy.accumulate
-        for _ in range(parts - 1):
-            accumulate(batch, context, last=False)
-        return accumulate(batch, context, last=True)
-
-    trainer.strategy.accumulate = repeated
 
 
 def traced(pools: Path, folder: Path, case: Case, across: Any, start: Any = None) -> Trace:
@@ -205,7 +195,7 @@ def traced(pools: Path, folder: Path, case: Case, across: Any, start: Any = None
     found["measured"] = [list(values.values()) for _, values in run.trainer._samples.read()]
     if case.strategy.startswith("zero"):
         found["slipped"] = slipped(run.trainer.strategy._engine)
-    if case.work == "fixmatch" and case.parts == 1 and not case.broken:
+    if case.work == "fixmatch" and not case.broken:
         found["logits"] = seen_alone(run)
     return found
 
@@ -320,24 +310,27 @@ def slipped(engine: Any) -> list[str]:
         for name in path.split("."):
             present = getattr(present, name)
         found += [] if present == value else [f"{path}={present}"]
-    zero = config.zero_config
-    for name, section in (
-        ("", zero),
-        ("offload_param.", zero.offload_param),
-        ("offload_optimizer.", zero.offload_optimizer),
-    ):
-        fields = {} if section is None else type(section).model_fields
-        old = {field for field, about in fields.items() if (about.json_schema_extra or {}).get("deprecated")}
-        # leaf_module: classes of language models that are fetched whole
-        left = fields.keys() - old - {"leaf_module"} - (section.model_fields_set if fields else set())
-        found += [f"zero_optimization.{name}{field}" for field in left]
+    sections = {"zero_optimization": config.zero_config}
+    for part in ("offload_param", "offload_optimizer"):
+        sections[f"zero_optimization.{part}"] = getattr(config.zero_config, part)
+    for path, section in sections.items():
+        given: Any = engine.config
+        for name in path.split("."):
+            given = given[name]
+        for name, field in ({} if section is None else type(section).model_fields).items():
+            old = (field.json_schema_extra or {}).get("deprecated")
+            # leaf_module: classes of language models that are fetched whole
+            if not old and name != "leaf_module" and name not in given and field.alias not in given:
+                found.append(f"{path}.{name}")
     return found
 
 
 def rank(number: int, world: int, pools: Path, folder: Path) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder / f'store-{world}'}", rank=number, world_size=world)
-    across = distributed.ProcessGroup()
+    store = f"file://{folder / f'store-{world}'}"
+    if world > 1:  # else the strategy makes its own
+        torch.distributed.init_process_group("gloo", store, rank=number, world_size=world)
+    across = distributed.ProcessGroup() if world > 1 else SingleRank()
     start = torch.load(folder / "start.pt", weights_only=False)
     traces: Trace = {case: traced(pools, folder / str(world), case, across, start) for case in ON[world]}
     if world == 2:
@@ -352,19 +345,25 @@ def alone(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, T
     """The references, and traces of all ranks by number of ranks."""
     folder = tmp_path_factory.mktemp("zero")
     wanted = {case.reference for cases in ON.values() for case in cases}
-    wanted |= {Case("supervised", "single", parts=parts) for parts in (1, 3)}
     found: dict[Any, Any] = {case: traced(scenes, folder / "alone", case, SingleRank()) for case in wanted}
     torch.save(found[Case("fixmatch-adamw", "single")]["first"], folder / "start.pt")
-    spawn = multiprocessing.get_context("spawn")
-    for world in ON:
-        ranks = [spawn.Process(target=rank, args=(number, world, scenes, folder)) for number in range(world)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(600)
-            assert process.exitcode == 0
-        found[world] = [torch.load(folder / f"{world}-{number}.pt", weights_only=False) for number in range(world)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported: else it looks for a GPU
+        for world in ON:
+            found[world] = ranks(world, scenes, folder)
     return found
+
+
+def ranks(world: int, pools: Path, folder: Path) -> list[Trace]:
+    processes = multiprocessing.get_context("forkserver")  # imports DeepSpeed once, for all numbers of ranks
+    processes.set_forkserver_preload(["deepspeed", "raysemi.engine.trainer", "raysemi.launch.restore"])
+    started = [processes.Process(target=rank, args=(number, world, pools, folder)) for number in range(world)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(600)
+        assert process.exitcode == 0
+    return [torch.load(folder / f"{world}-{number}.pt", weights_only=False) for number in range(world)]
 
 
 def apart(one: Trace, other: Trace) -> float:
@@ -398,15 +397,21 @@ def test_shards_equal_one_process(alone, world, case):
             assert measured == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    "case", [Case("fixmatch-adamw", "zero2", offload="optimizer"), Case("fixmatch-adamw", "zero3")]
+)
+def test_one_process_goes_on_where_two_ranks_stopped(alone, scenes, tmp_path, case):
+    after = []
+    for name, trace in (("two", alone[2][0][case]), ("one", alone[case.reference])):
+        run = Run(scenes, tmp_path / name, case.reference, SingleRank())
+        run.trainer.restore(trace["held"])
+        run.step(run.hosts[STEPS], case.reference)
+        after.append({"losses": run.losses, "held": held(run.trainer)})
+    assert apart(*after) < 1e-5
+
+
 def test_the_comparison_fails_without_the_sum_over_ranks(alone):
     assert apart(alone[Case("fixmatch", "single")], alone[2][0]["deaf"]) > 1e-3
-
-
-def test_parts_add_up(alone):
-    """Three times the same part is three times its gradient; SGD's buffer after one step holds it."""
-    once, thrice = (alone[Case("supervised", "single", parts=parts)]["first"].tensors["optimizer"] for parts in (1, 3))
-    for name, value in once.items():
-        torch.testing.assert_close(3 * value, thrice[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("stage", [None, 0, 1, 2])
@@ -423,12 +428,9 @@ def test_no_default_of_deepspeed_decides(alone):
     """A new version may add a setting, or change one that nobody wrote down: then this fails, and tells which."""
     for world, cases in ON.items():
         for case in cases:
-            if (
-                case.strategy.startswith("zero")
-                and "clipped" not in case.work
-                and "max_grad_norm" not in str(WORK[case.work])
-            ):
-                assert alone[world][0][case]["slipped"] == []
+            slips = alone[world][0][case].get("slipped", [])
+            asked = {"gradient_clipping=0.5"} if "train.max_grad_norm=0.5" in WORK[case.work] else set()
+            assert set(slips) <= asked, case
 
 
 def test_a_student_is_looked_at_by_each_rank_alone(alone):

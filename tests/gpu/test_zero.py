@@ -74,7 +74,7 @@ def test_offloaded_state_lies_on_the_cpu(scenes, tmp_path, stage, offload):
 
 def test_synchronised_batch_norm_under_an_engine(scenes, tmp_path, monkeypatch):
     """Converted before the engine is made, its statistics stay in fp32 and are whole at stage 3."""
-    distributed.join_alone()
+    distributed.join_alone(DEVICE)
 
     class Two(SingleRank):
         world = 2  # to the conversion alone: the group has one rank

@@ -26,6 +26,7 @@ def test_this_machine_has_what_training_needs(tmp_path: Path) -> None:
         "torch",
         "devices",
         "ray",
+        "deepspeed",
         "cores",
         "memory",
         "shared memory",

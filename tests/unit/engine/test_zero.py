@@ -10,8 +10,9 @@ import torch
 from makers import tiny_run
 
 from raysemi.config import check_world
+from raysemi.engine.footprint import Footprint
 from raysemi.engine.zero import _import_deepspeed
-from raysemi.engine.zero_config import ZeroConfig, deepspeed_settings
+from raysemi.engine.zero_config import ZeroConfig, deepspeed_settings, spread
 from raysemi.errors import ConfigError
 
 ZERO = ["train.strategy=deepspeed"]
@@ -24,9 +25,9 @@ ZERO = ["train.strategy=deepspeed"]
         ([*ZERO, "train.zero.stage=4"], "train.zero.stage"),
         (
             [*ZERO, "train.zero.stage=0", "train.zero.offload=optimizer"],
-            "train.zero: offload must be none with stage 0",
+            "train.zero.offload must be none with stage 0",
         ),
-        ([*ZERO, "train.zero.offload=all"], "train.zero: offload must be none or optimizer below stage 3"),
+        ([*ZERO, "train.zero.offload=all"], "train.zero.offload must be none or optimizer below stage 3"),
         ([*ZERO, "train.zero.stage=3", "gradients=pareto"], "gradients.name must be uniform or fixed with train.zero"),
         (
             [*ZERO, "train.zero.stage=3", "gradients.measure_every=5"],
@@ -69,3 +70,23 @@ def test_clipping_is_off_unless_asked_for():
     assert deepspeed_settings(ZeroConfig(), 0.0)["gradient_clipping"] == 0.0
     assert deepspeed_settings(ZeroConfig(), 2.0)["gradient_clipping"] == 2.0
     assert deepspeed_settings(ZeroConfig(stage=0), 2.0)["gradient_clipping"] == 0.0  # by us, on the whole gradient
+
+
+@pytest.mark.parametrize(
+    ("zero", "pareto", "cuda", "expected"),
+    [  # of 100 MiB of weights, all trained by AdamW, on 4 ranks with buckets of 10 MiB
+        ({"stage": 0}, False, True, (100, 100, 200)),
+        ({"stage": 1}, False, True, (125, 110, 50)),
+        ({"stage": 2}, False, True, (125, 35, 50)),
+        ({"stage": 2}, True, True, (125, 235, 50)),  # and both sides' gradients
+        ({"stage": 2, "offload": "optimizer"}, False, True, (100, 35, 0)),
+        ({"stage": 2, "offload": "optimizer"}, False, False, (125, 35, 50)),  # on CPUs it is the same memory
+        ({"stage": 3}, False, True, (70, 35, 50)),  # two buckets' worth of layers are whole at a time
+        ({"stage": 3, "offload": "all"}, False, True, (20, 35, 0)),
+    ],
+)
+def test_what_a_rank_holds(zero, pareto, cuda, expected):
+    mib = 2**20
+    whole = Footprint(100 * mib, (200 if pareto else 100) * mib, 200 * mib, 0, 0, 0, 0, held=True)
+    found = spread(whole, ZeroConfig(bucket=10 * mib // 4, **zero), 4, pareto=pareto, cuda=cuda)
+    assert (found.parameters, found.gradients, found.optimizer) == tuple(number * mib for number in expected)

@@ -13,6 +13,7 @@ from makers import semi_batch, step_context, tiny_segmentor
 from raysemi.methods import METHODS
 from raysemi.methods.base import Average
 from raysemi.methods.propagation import Targets
+from raysemi.methods.weighting import RankWeighting, RankWeightingConfig
 from raysemi.models.encoders import Features
 from raysemi.models.segmentor import Prediction
 
@@ -70,6 +71,35 @@ def test_the_same_step_gives_the_same_bits(name):
         terms = method.objectives(batch_for(method), step_context(student, teacher, step=7))
         totals.append({title: term.total.item() for title, term in terms.items()})
     assert totals[0] == totals[1]
+
+
+COUNTED = [
+    ("supervised", {"criterion": {"name": "balanced"}}),
+    ("fixmatch", {}),
+    ("mean_teacher", {}),
+    ("unimatch", {}),
+    ("unimatch", {"fp": {"weight": 0.0}, "compat": {"partner_eval": True}}),
+    ("unimatch", {"cutmix": {"partner": "second_view"}}),
+    ("unimatch_v2", {}),
+    ("augseg", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), COUNTED)
+def test_what_the_data_says_is_what_objectives_divide_by(name, settings):
+    method, student, teacher = build(name, settings)
+    batch, context = batch_for(method, labeled=3, unlabeled=4), step_context(student, teacher, step=50)
+    terms = method.objectives(batch, context)
+    said = method.normalisers(batch, context)
+    assert list(said) == list(terms)
+    assert {title: count.item() for title, count in said.items()} == {
+        title: term.normaliser.item() for title, term in terms.items()
+    }
+    if name != "supervised":
+        method.weighting = RankWeighting(RankWeightingConfig(k=2), CLASSES, student.penultimate_channels)
+        assert method.normalisers(batch, context) is None
+    ohem, *_ = build(name, {"criterion": {"name": "ohem"}})
+    assert ohem.normalisers(batch, context) is None
 
 
 def test_what_two_methods_share_they_say_alike():
