@@ -104,3 +104,11 @@ def test_mistakes_of_export_are_one_line(trained, arguments, text):
     assert result.exit_code == MISTAKE
     assert text in result.output
     assert result.output.count("error: ") == 1
+
+
+def test_export_of_onnx_says_how_it_compares_with_torch(trained, tmp_path):
+    pytest.importorskip("onnxruntime")
+    result = call("checkpoint", "export", trained, "--which", "best", "--out", tmp_path / "net.onnx")
+    assert result.exit_code == 0, result.output
+    assert "onnxruntime against torch on images 1x97x129, 2x130x75, 1x64x200: logits up to " in result.output
+    assert (tmp_path / "net.onnx").exists()
