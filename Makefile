@@ -20,8 +20,8 @@ $(INSTALLED): requirements/all.txt pyproject.toml
 demo: $(INSTALLED)  ## draw scenes, train supervised and derprop with 2 Ray workers, compare, report
 	$(BIN)/raysemi demo
 
+# In the order of the folders: files with few and long tests come first, not last on one core.
 test: $(INSTALLED)  ## on two cores; `.venv/bin/pytest PATH` for one file
-	# in the order of the folders: those with few and long tests come first, not last on one core
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 soak: $(INSTALLED)  ## a run that is killed 20 times ends with the bits of one that never was; a quarter of an hour
