@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import pyarrow.parquet as pq
 import torch
-from forks import FORKS
+from forks import FORKS, start
 from makers import tiny_run
 
 from raysemi import config_io
@@ -108,6 +108,7 @@ class Job:
     _folder: tempfile.TemporaryDirectory[str] = field(default_factory=tempfile.TemporaryDirectory)
 
     def __enter__(self) -> Job:
+        start()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

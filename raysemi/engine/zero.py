@@ -97,9 +97,15 @@ class Shards:
         distributed.join_alone(device)
         optimizer.begin(())  # a parameter's state would stay beside that of the shards
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it; the device is the one given below
+        work = _Work(module)
+        for part in module.student.modules() if config.stage == 3 else ():
+            # A layer fetches its weights when it is called. What lies beside layers (a transformer's class token and
+            # positions) may be used by whoever holds them, without a call: fetched with the whole.
+            for parameter in part.parameters(recurse=False) if any(part.children()) else ():
+                self._deepspeed.zero.register_external_parameter(work, parameter)
         self._engine, *_ = self._deepspeed.initialize(
             args=SimpleNamespace(device_rank=device.index or 0),
-            model=_Work(module),
+            model=work,
             optimizer=optimizer.torch,
             config=deepspeed_settings(config, max_grad_norm),
             dist_init_required=False,
@@ -334,8 +340,10 @@ def _import_deepspeed(device: torch.device) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed
 
-    # An own all-reduce for ranks of one machine, compiled at the first use: minutes, and a compiler, for CPUs alone.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device.type == "cpu":
+        # None of its own operations is used. One would be: an all-reduce among CPU ranks, compiled at the first use,
+        # which takes minutes and a compiler; and looking for what could be compiled takes seconds.
+        vars(deepspeed.ops)["__compatible_ops__"] = {}
     deepspeed.utils.logger.setLevel(logging.ERROR)
     return deepspeed
 

@@ -21,7 +21,7 @@ from raysemi.errors import RaysemiError
 _PAUSE_S = 0.5
 
 
-class FittingSizes(ElasticScalingPolicy):  # type: ignore[misc]  # Ray gives it no types
+class FittingSizes(ElasticScalingPolicy):
     """How many workers run; lives in Ray Train's controller.
 
     Args:
@@ -40,7 +40,8 @@ class FittingSizes(ElasticScalingPolicy):  # type: ignore[misc]  # Ray gives it 
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
         # Ray counts nodes that are being taken back, though it starts nothing on them any more.
-        leaving = ray._private.state.state.get_draining_nodes()
+        state: Any = ray._private.state.state
+        leaving = state.get_draining_nodes()
         staying = {node: resources for node, resources in reserved_resources.items() if node not in leaving}
         possible = super()._count_possible_workers(staying)
         return max((size for size in self._sizes if size <= possible), default=0)
@@ -66,7 +67,7 @@ class FittingSizes(ElasticScalingPolicy):  # type: ignore[misc]  # Ray gives it 
         return decision
 
 
-class ElasticTrainer(TorchTrainer):  # type: ignore[misc]
+class ElasticTrainer(TorchTrainer):
     """TorchTrainer whose controller has the policy above.
 
     Args:
@@ -79,7 +80,8 @@ class ElasticTrainer(TorchTrainer):  # type: ignore[misc]
         self._policy = FittingSizes(self.scaling_config, sizes, board, start_timeout_s)
 
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
-        return super()._initialize_and_run_controller(**settings | {"scaling_policy": self._policy})
+        inner: Any = super()  # TorchTrainer's annotations are those of its first version
+        return inner._initialize_and_run_controller(**settings | {"scaling_policy": self._policy})
 
 
 def no_room(workers: int, seconds: float) -> str:

@@ -171,7 +171,7 @@ def _exportable(network: Segmentor, size: tuple[int, int]) -> Iterator[None]:
 
     encoder: Any = network.encoder
     before = Conv2dSame.forward
-    if isinstance(encoder, DinoV2):
+    if isinstance(network.encoder, DinoV2):
         grid = [side // encoder.multiple for side in network.seen_size(size)]
         positions_1ND = encoder.positions(grid).detach()
         encoder.positions = lambda grid: positions_1ND

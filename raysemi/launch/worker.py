@@ -338,10 +338,10 @@ class _Run:
         trainer, classes = self.trainer, self.labeled.classes
         metrics: dict[str, float] = {}
 
-        def measure(network: Any, images: int | None = None) -> torch.Tensor:
+        def measure(network: Any, at_most: int | None = None) -> torch.Tensor:
             return evaluate(
                 network, self.val, self.config.eval, self.across, trainer.device,
-                precision=trainer.precision, progress=lambda done, total: self.watchdog.beat(), images=images,
+                precision=trainer.precision, progress=lambda done, total: self.watchdog.beat(), at_most=at_most,
             )  # fmt: skip
 
         way = "Lower eval.batch, or set eval.mode=sliding_window and eval.window"

@@ -1,17 +1,17 @@
 """Checkpoints of two ranks: each writes its share, a fault of one stops both, and one rank goes on where two were.
 
-One pair of processes does it all: most of its time goes into imports.
+One pair of processes has all the cases.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from forks import ranks
 from makers import tiny_run
 
 from raysemi.config import RunConfig
@@ -39,7 +39,7 @@ def fails(act) -> str:
     return ""
 
 
-def saves(number: int, folder: Path) -> dict[str, str]:
+def faulty_saves(number: int, folder: Path) -> dict[str, str]:
     """What each rank says of: whole, a full disk under either rank's shard, a folder of its own."""
     across = distributed.join()
     said = {}
@@ -65,23 +65,15 @@ def saves(number: int, folder: Path) -> dict[str, str]:
     return said
 
 
-def begin(number: int, folder: Path, name: str) -> None:
-    torch.distributed.init_process_group("gloo", f"file://{folder / name}", rank=number, world_size=2)
-
-
-def rank(number: int, folder: Path, configs: list[RunConfig], apart: list[RunConfig]) -> None:
-    """Saves; goes on from folders that differ; then a run on two ranks, on one, on two again."""
-    torch.set_num_threads(1)
-    begin(number, folder, "first")
-    said = saves(number, folder) | {"apart": fails(lambda: run(apart[number]))}
+def saves(number: int, folder: Path, apart: list[RunConfig], config: RunConfig) -> None:
+    """Saves; goes on from folders that differ; begins a run on two ranks."""
+    said = faulty_saves(number, folder) | {"apart": fails(lambda: run(apart[number]))}
     (folder / f"said-{number}.json").write_text(json.dumps(said))
-    run(configs[0])
-    distributed.leave()
-    if number == 0:
-        run(configs[1])
-    begin(number, folder, "second")
-    run(configs[2])
-    distributed.leave()
+    run(config)
+
+
+def goes_on(number: int, config: RunConfig) -> None:
+    run(config)
 
 
 @pytest.fixture(scope="module")
@@ -89,21 +81,19 @@ def two_ranks(scenes, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     settings = ["train.steps=3", "train.batch.unlabeled=4", "model.batch_norm=frozen", "eval.every=3"]
     settings += ["optim.lr=0.001", "method.threshold=0.2", "train.checkpoint_every=1", "train.keep=9"]
-    stops = [["train.stop_at=1"], ["train.stop_at=2"], []]
-    configs = [tiny_run(scenes, folder / "parts", "fixmatch", *settings, *stop) for stop in stops]
+
+    def config(name: str, *more: str) -> RunConfig:
+        return tiny_run(scenes, folder / name, "fixmatch", *settings, *more)
+
     # each machine has a run folder of its own under one name, and rank 1's lacks the newest checkpoint
-    run(tiny_run(scenes, folder / "apart-0", "fixmatch", *settings, "train.stop_at=2"))
+    run(config("apart-0", "train.stop_at=2"))
     shutil.copytree(folder / "apart-0", folder / "apart-1")
     shutil.rmtree(folder / "apart-1" / "checkpoints" / "step-000002")
-    apart = [tiny_run(scenes, folder / f"apart-{number}", "fixmatch", *settings) for number in range(2)]
-    spawn = multiprocessing.get_context("spawn")
-    ranks = [spawn.Process(target=rank, args=(number, folder, configs, apart)) for number in range(2)]
-    for process in ranks:
-        process.start()
-    run(tiny_run(scenes, folder / "whole", "fixmatch", *settings))
-    for process in ranks:
-        process.join(240)
-        assert process.exitcode == 0
+    apart = [config(f"apart-{number}") for number in range(2)]
+    assert ranks(2, folder, saves, folder, apart, config("parts", "train.stop_at=1")) == [0, 0]
+    run(config("parts", "train.stop_at=2"))
+    assert ranks(2, folder, goes_on, config("parts")) == [0, 0]
+    run(config("whole"))
     return folder
 
 

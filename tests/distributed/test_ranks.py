@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forks import ranks
 from makers import tiny_run, true_boxes
 
 from raysemi.data.loader import Stream
@@ -168,9 +168,7 @@ def counterexample(number: int, across: Any) -> Trace:
     return found | {"alpha_u": measured[1]["gradients/weight_unsupervised"]}
 
 
-def rank(number: int, world: int, pools: Path, folder: Path) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder / 'store'}", rank=number, world_size=world)
+def rank(number: int, pools: Path, folder: Path) -> None:
     across = distributed.ProcessGroup()
     traces = {case: trace(pools, folder, case, across) for case in CASES}
     for name, case in (("deaf", "supervised"), ("deaf-pareto", "fixmatch-pareto")):
@@ -180,7 +178,6 @@ def rank(number: int, world: int, pools: Path, folder: Path) -> None:
     traces["broken"] = trace(pools, folder / "broken", "fixmatch-pareto", across, broken_rank=1)
     traces["counterexample"] = counterexample(number, across)
     torch.save(traces, folder / f"rank-{number}.pt")
-    distributed.leave()
 
 
 @pytest.fixture(scope="module")
@@ -189,18 +186,12 @@ def traces(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     folder = tmp_path_factory.mktemp("ranks")
     scenes = Path(shutil.copytree(scenes, folder / "pools"))  # other tests want theirs without boxes
     true_boxes(Pool.open(scenes / "unlabeled"))
-    spawn = multiprocessing.get_context("spawn")
-    ranks = [spawn.Process(target=rank, args=(number, 2, scenes, folder)) for number in range(2)]
-    for process in ranks:
-        process.start()
+    assert ranks(2, folder, rank, scenes, folder, within=800.0) == [0, 0]
     alone = {case: trace(scenes, folder / "alone", case, SingleRank()) for case in CASES}
     alone |= {"deaf": alone["supervised"], "deaf-pareto": alone["fixmatch-pareto"]}
     alone |= {"broken": alone["fixmatch-pareto"], "counterexample": {}}
     alone["statistics"] = trace(scenes, folder / "parts", "u2pl", SingleRank(), norm="train", micro=2)
     alone |= {f"{case}-micro": trace(scenes, folder / "whole", case, SingleRank(), batch=8) for case in MICRO}
-    for process in ranks:
-        process.join(280)
-        assert process.exitcode == 0
     both = [torch.load(folder / f"rank-{number}.pt", weights_only=True) for number in range(2)]
     return {case: [alone[case], *(one[case] for one in both)] for case in alone}
 

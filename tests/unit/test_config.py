@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from raysemi.config import RayConfig, RunConfig, broken_rules, check_world, spread_of
+from raysemi.config import RayConfig, RunConfig, broken_rules, check_world, fitting_workers, spread_of
 from raysemi.config_shares import uses_unlabeled
 from raysemi.errors import ConfigError
 
@@ -53,6 +53,18 @@ def test_a_world_that_does_not_divide_is_refused_with_the_next_batch_that_works(
 def test_more_ranks_than_labeled_images_of_a_step_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"train\.batch\.labeled must be divisible by the number of ranks, 12; got 6"):
         check_world(config(), 12)
+
+
+def test_elastic_workers_begin_and_end_with_a_number_that_fits() -> None:
+    made = config(ray={"num_workers": [1, 6]})
+    assert isinstance(made.ray, RayConfig)
+    assert fitting_workers(made, made.ray) == [1, 2, 3, 6]
+    assert (made.ray.min_workers, made.ray.max_workers) == (1, 6)
+    assert "got [2, 5], of which fit: 2, 3. Change it, or the batches: train.batch.labeled must be" in refused(
+        ray={"num_workers": [2, 5]}
+    )
+    assert "must be [min, max] with min at most max; got [3, 2]" in refused(ray={"num_workers": [3, 2]})
+    assert "num_workers" in refused(ray={"num_workers": [0, 2]})
 
 
 def test_an_odd_share_would_tear_a_cutmix_pair() -> None:

@@ -44,6 +44,7 @@ def test_exit_codes() -> None:
 needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 
 
+@pytest.mark.usefixtures("fork_server")
 @needs_dev_full
 @pytest.mark.parametrize(("full", "processes"), [("labeled-000001.tar", 2), ("index.parquet", 1)])
 def test_a_full_disk_while_packing_is_a_failure(tmp_path: Path, full: str, processes: int) -> None:

@@ -30,6 +30,10 @@ TRUSTING = {
     "u2pl": {"contrast": {"delta_p": 0.2}, "representation": {"hidden": 5, "dim": 7}, "queue": QUEUE},
 }
 """Settings under which a network that has learned nothing trusts some of its pixels."""
+SMALL = {
+    "u2pl": {"representation": {"hidden": 16, "dim": 16}, "queue": QUEUE, "contrast": {"queries": 32, "negatives": 10}},
+}
+"""Sizes for a tiny network: the published ones would take most of its time."""
 
 
 def build(name, settings, frozen=False):
@@ -215,10 +219,10 @@ def taught(network, batch, truth_UHW):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_it_learns_a_few_images(name):
-    method, student, teacher = build(name, {})
+    method, student, teacher = build(name, SMALL.get(name, {}))
     batch, _ = colour_batch(max(1, method.strong_views))
     assert accuracy(student.eval(), batch.image_L3HW, batch.label_LHW) < 0.6
-    learn(method, student.train(), teacher, batch, "all", 80)
+    learn(method, student.train(), teacher, batch, "all", 120 if name == "u2pl" else 80)
     assert accuracy(student, batch.image_L3HW, batch.label_LHW) > 0.95
 
 
@@ -244,7 +248,7 @@ def test_an_unsupervised_objective_alone_teaches_what_a_right_teacher_knows(name
     settings = {
         "corrmatch": {"region": {"enable": False}},
         "derprop": {"region": {"enable": False}},
-        "u2pl": {"warmup_periods": 0, "cutmix": 0.0},
+        "u2pl": SMALL["u2pl"] | {"warmup_periods": 0, "cutmix": 0.0},
     }
     method, student, teacher = build(name, settings.get(name, {}), frozen=True)
     batch, truth_UHW = colour_batch(max(1, method.strong_views))
