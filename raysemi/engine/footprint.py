@@ -3,7 +3,7 @@
 Weights, gradients, moments, teacher and the method's own memories are counted. What the passes of a step make besides
 is found by making one of fake tensors, which have shapes and no numbers: every tensor of the real step is there, none
 takes memory. What libraries take for themselves (workspaces, pieces that an allocator cannot use) is not in it: on a
-CPU real steps of three methods took 13 to 27 % more (ResNet-50, 2 + 2 images, crops of 161 and 321).
+CPU real steps of three methods took 12 to 27 % more (ResNet-50, crops of 161 and 321).
 
 Axes: L labeled, U unlabeled images of a rank, V strong views, H x W pixels.
 """
