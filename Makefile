@@ -5,7 +5,7 @@ BIN := .venv/bin
 UV := $(BIN)/python -m uv
 INSTALLED := .venv/installed
 
-.PHONY: install demo test lint format bench requirements clean
+.PHONY: install demo test soak lint format bench requirements clean
 
 install: $(INSTALLED)
 
@@ -20,8 +20,12 @@ $(INSTALLED): requirements/all.txt pyproject.toml
 demo: $(INSTALLED)  ## draw scenes, train supervised and derprop with 2 Ray workers, compare, report
 	$(BIN)/raysemi demo
 
+# In the order of the folders: files with few and long tests come first, not last on one core.
 test: $(INSTALLED)  ## on two cores; `.venv/bin/pytest PATH` for one file
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+soak: $(INSTALLED)  ## a run that is killed 20 times ends with the bits of one that never was; a quarter of an hour
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --points 20
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -9,10 +9,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from raysemi.api import evaluate, load_config, load_model, predict, predict_shards, train
+    from raysemi.api import evaluate, load_config, load_exported, load_model, predict, predict_shards, train
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "evaluate", "load_config", "load_model", "predict", "predict_shards", "train"]
+__all__ = [
+    "__version__",
+    "evaluate",
+    "load_config",
+    "load_exported",
+    "load_model",
+    "predict",
+    "predict_shards",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -25,6 +25,7 @@ from raysemi.engine.trainer import resolve_precision
 from raysemi.errors import CheckpointError, ConfigError, DataError
 from raysemi.launch import detect as detection
 from raysemi.launch import predict as prediction
+from raysemi.launch.exported import read_export
 from raysemi.launch.restore import Trained, load_network, open_pool
 from raysemi.launch.train import launch
 from raysemi.models.segmentor import Segmentor
@@ -79,6 +80,18 @@ def load_model(run: str | Path, which: Which = "last") -> Segmentor:
         CheckpointError: no run, or no whole checkpoint in it.
     """
     trained = load_network(run, which)
+    network: Any = trained.network
+    network.classes, network.palette = trained.classes, trained.palette
+    return trained.network
+
+
+def load_exported(path: str | Path) -> Segmentor:
+    """The network of a file that `raysemi checkpoint export RUN --out FILE.safetensors` wrote; see `load_model`.
+
+    Raises:
+        CheckpointError: no such file, or it holds something else.
+    """
+    trained = read_export(path)
     network: Any = trained.network
     network.classes, network.palette = trained.classes, trained.palette
     return trained.network
@@ -149,7 +162,7 @@ def predict(
     Under torchrun the images are spread over the ranks, and each of them writes its part below `out`.
 
     Args:
-        run: run folder, local or URL.
+        run: run folder, local or URL, or a file exported from one.
         images: folder with image files, searched with its subfolders; or
         pool: a pool, labeled or not; its classes, where it names any, are the run's.
         out: folder for `labels/` and `overlays/`.

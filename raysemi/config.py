@@ -32,7 +32,7 @@ from raysemi.models.segmentor import ModelConfig
 class RayConfig(Config):
     """`ray.*`: the workers. It stands here because the config is read where Ray need not be installed."""
 
-    num_workers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = 1
+    num_workers: int | tuple[int, int] = 1
     """Ranks; divides both batches. [min, max]: as many as the cluster has room for, of the numbers between them that
     divide both batches; the run goes on with another number when workers leave or there is room for more."""
     use_gpu: bool | Literal["auto"] = "auto"
@@ -55,6 +55,9 @@ class RayConfig(Config):
     @field_validator("num_workers")
     @classmethod
     def _ordered(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
+        least = value if isinstance(value, int) else value[0]
+        if least < 1:
+            raise ValueError(f"must be at least 1; got {least}.")
         if isinstance(value, tuple) and value[0] > value[1]:
             raise ValueError(f"must be [min, max] with min at most max; got {list(value)}. Change their order.")
         return value

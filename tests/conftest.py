@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from object_store import CREDENTIALS, Proxy, moto_server
@@ -28,6 +29,12 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = Scenes(train=24, val=5, size=64)
     pack(source, out, split=8, processes=1, keep_unlabeled_masks=True, shard_samples=6)
     return out
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> None:
+    """Runs before a test needs it, and before there are credentials: as in a program that has packed before."""
+    forks.start()
 
 
 @pytest.fixture(scope="session")

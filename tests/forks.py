@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["soak", "raysemi.cli", "raysemi.launch.train", "raysemi.launch.worker", "timm"])
+PRELOAD = [
+    "raysemi.cli", "raysemi.launch.train", "raysemi.launch.worker", "raysemi.data.shard", "timm", "webdataset",
+    "deepspeed",
+]  # fmt: skip
+
+
+def start() -> None:
+    """Starts the interpreter unless it runs. A process has one, which keeps what its first user asked it to import."""
+    FORKS.set_forkserver_preload(PRELOAD)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported: else it looks for a GPU
+        forkserver.ensure_running()
 
 
 def _rank(number: int, world: int, store: Path, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
@@ -22,6 +35,7 @@ def _rank(number: int, world: int, store: Path, work: Callable[..., None], argum
 
 def ranks(world: int, folder: Path, work: Callable[..., None], *arguments: Any, within: float = 240.0) -> list[int]:
     """Runs `work(rank, *arguments)` as ranks of a gloo group; their exit codes."""
+    start()
     store = folder / f"store-{len(list(folder.glob('store-*')))}"
     processes = [FORKS.Process(target=_rank, args=(number, world, store, work, arguments)) for number in range(world)]
     for process in processes:

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import pyarrow.parquet as pq
 import torch
-from forks import FORKS
+from forks import FORKS, start
 from makers import tiny_run
 
 from raysemi import config_io
@@ -108,6 +108,7 @@ class Job:
     _folder: tempfile.TemporaryDirectory[str] = field(default_factory=tempfile.TemporaryDirectory)
 
     def __enter__(self) -> Job:
+        start()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -260,27 +261,31 @@ def soak(folder: Path, kills: list[Kill], steps: int, pools: Path, fresh: bool =
         return Job(recipes["killed"], run, fresh)
 
     before: tuple[Kill, int, float] | None = None
-    for kill in kills:
+    for kill in [*kills, None]:
         with launch() as job:
-            alive = job.wait_for(kill)
-            reached = job.step
-            hit = time.monotonic()
-            for rank in kill.victims:
-                job.ranks[rank].kill()
-            codes = job.ended(ALONE_S)
-            assert alive, f"{kill} came too late\n{job.text}"
-            assert all(code != 0 for code in codes), (codes, job.text)
-            _readable(run)
-        if before is not None:
-            rows.append(_row(len(rows) + 1, before, job.begun_at))
-        before = (kill, max(reached, job.begun_at), time.monotonic() - hit)
-    with launch() as job:
-        complete(job)
-    if before is not None:
-        rows.append(_row(len(rows) + 1, before, job.begun_at))
+            if kill is None:
+                complete(job)
+            else:
+                before_this = before
+                before = _kill(job, kill)
+                _readable(run)
+            last = before if kill is None else before_this
+            if last is not None:
+                rows.append(_row(len(rows) + 1, last, job.begun_at))
     found = differences(folder / "whole", run)
     assert not found, f"{len(found)} differences: {', '.join(found[:5])}"
     return rows
+
+
+def _kill(job: Job, kill: Kill) -> tuple[Kill, int, float]:
+    """Kills a launch; the step that it had reached, and the seconds until the other rank had ended too."""
+    assert job.wait_for(kill), f"{kill} came too late\n{job.text}"
+    reached, hit = max(job.step, job.begun_at), time.monotonic()
+    for rank in kill.victims:
+        job.ranks[rank].kill()
+    codes = job.ended(ALONE_S)
+    assert all(code != 0 for code in codes), (codes, job.text)
+    return kill, reached, time.monotonic() - hit
 
 
 def _readable(run: Path) -> None:

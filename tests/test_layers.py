@@ -46,7 +46,7 @@ LIBRARIES = {
     "raysemi.config_io": {"pydantic", "yaml"},
     "raysemi.config_shares": set(),
     "raysemi.config_faults": {"pydantic"},
-    "raysemi.launch": FILES | {"ray", "rich"},
+    "raysemi.launch": FILES | {"ray", "rich", "onnx", "onnxruntime", "onnxscript"},
     "raysemi.report": FILES | {"matplotlib", "jinja2", "markupsafe"},
     "raysemi": FILES | {"typer", "rich", "litdata"},
     "jobs": ANY,

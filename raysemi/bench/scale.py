@@ -18,7 +18,7 @@ import queue
 import socket
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -153,7 +153,7 @@ def measure_scale(
     return found
 
 
-def _next(results: Any, processes: list[BaseProcess]) -> ScaleResult | int:
+def _next(results: Any, processes: Sequence[BaseProcess]) -> ScaleResult | int:
     """Turns done, or the result at the end, from the first rank."""
     while True:
         try:

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from raysemi import __version__
-from raysemi.cli import about, bench, data, detect, runs
+from raysemi.cli import about, bench, checkpoint, data, detect, runs
 from raysemi.cli.exits import Commands
 from raysemi.launch.terminal import log_to_stderr
 
@@ -43,6 +43,7 @@ for verb in (
     app.command()(verb)
 app.add_typer(bench.app, name="bench")
 app.add_typer(detect.app, name="detect")
+app.add_typer(checkpoint.app, name="checkpoint")
 
 
 def main(arguments: list[str] | None = None) -> None:

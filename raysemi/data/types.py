@@ -95,7 +95,7 @@ class SemiBatch:
 
     def parts(self, count: int) -> list[SemiBatch]:
         """The batch as `count` micro-batches of neighbouring slots, views of its memory; `count` divides L and U."""
-        split: dict[str, Sequence[Tensor | None]] = {}
+        split: dict[str, Sequence[Any]] = {}
         for field in fields(self):
             value, axes = getattr(self, field.name), field.name.rpartition("_")[2]
             axis = 1 if axes.startswith("V") else 0  # [V, U, ...]: every view of some images

@@ -225,7 +225,7 @@ def evaluate(
     *,
     precision: torch.dtype = torch.float32,
     progress: Callable[[int, int], None] | None = None,
-    images: int | None = None,
+    at_most: int | None = None,
 ) -> Tensor:
     """Confusion matrix of the network over a labeled pool, each image counted once over all ranks.
 
@@ -240,7 +240,7 @@ def evaluate(
         device: where the network is.
         precision: autocast type; float32 = no autocast.
         progress: told (images done, images in all) of this rank.
-        images: so many of the pool's, evenly spread; None: all.
+        at_most: so many of the pool's images, evenly spread; None: all.
 
     Returns:
         int64 [K, K] on the CPU, rows labels, columns predictions; the same on every rank.
@@ -251,7 +251,7 @@ def evaluate(
     matrix_KK = torch.zeros(network.num_classes, network.num_classes, dtype=torch.int64, device=device)
     failure: DataError | None = None
     try:
-        matrix_KK += _own_share(network, pool, config, across, device, precision, progress, images)
+        matrix_KK += _own_share(network, pool, config, across, device, precision, progress, at_most)
     except DataError as error:
         failure = error  # the other ranks wait in the sum below: they are told there
     failed = torch.tensor([failure is not None], dtype=torch.int64, device=device)
@@ -274,7 +274,7 @@ def _own_share(
     device: torch.device,
     precision: torch.dtype,
     progress: Callable[[int, int], None] | None,
-    images: int | None,
+    at_most: int | None,
 ) -> Tensor:
     """Confusion matrix of every world-th batch, on the device."""
     if not pool.num_samples or not pool.labeled:
@@ -294,8 +294,8 @@ def _own_share(
 
     # windows fill a pass on their own, so that one image at a time is enough there
     batches = same_size_batches(pool, 1 if config.mode == "sliding_window" else config.batch)
-    if images is not None:
-        spread = set(range(0, pool.num_samples, -(-pool.num_samples // images)))
+    if at_most is not None:
+        spread = set(range(0, pool.num_samples, -(-pool.num_samples // at_most)))
         batches = [chosen for rows in batches if (chosen := [row for row in rows if row in spread])]
     mine = batches[across.rank :: across.world]
     reader.expect(mine, masks=True)

@@ -2,7 +2,8 @@
 
 Weights, gradients, moments, teacher and the method's own memories are counted. What the passes of a step make besides
 is found by making one of fake tensors, which have shapes and no numbers: every tensor of the real step is there, none
-takes memory. What libraries take for themselves (workspaces, pieces that an allocator cannot use) is not in it.
+takes memory. What libraries take for themselves (workspaces, pieces that an allocator cannot use) is not in it: on a
+CPU real steps of three methods took 12 to 27 % more (ResNet-50, crops of 161 and 321).
 
 Axes: L labeled, U unlabeled images of a rank, V strong views, H x W pixels.
 """
@@ -37,7 +38,7 @@ class Footprint:
     parameters: int
     """Of the student, with its buffers."""
     gradients: int
-    """Twice the parameters that train where the rule is pareto, else once."""
+    """Of the parameters that train, once; twice under pareto, and twice more where they are measured."""
     optimizer: int
     """Moments."""
     teacher: int
@@ -94,40 +95,43 @@ def footprint(
         precision: autocast type; as the CPU's kernels understand it, which keep more in float32 than a GPU's.
     """
     trained = _bytes(p for p in student.parameters() if p.requires_grad)
-    flat = gradients.name == "pareto"
+    pareto = gradients.name == "pareto"
+    flat = pareto or gradients.measure_every > 0
     held = flat or parts > 1 or world > 1  # by the flat buffer, the micro-batches before, the buckets of ddp
     with FakeCopyMode(FakeTensorMode()) as copying:
         module = copy.deepcopy(StepModule(student, method)).train()
         teacher = None if method.average.kind == "none" else copy.deepcopy(student).requires_grad_(False).eval()
-    if (region := getattr(getattr(module.method, "config", None), "region", None)) is not None:
+    settings: Any = getattr(module.method, "config", None)
+    if (region := getattr(settings, "region", None)) is not None:
         # found by reading numbers on the host, or in many small steps; nothing beside the maps it is found in
-        off = {"region": region.model_copy(update={"enable": False})}
-        module.method.config = module.method.config.model_copy(update=off)
+        module.method.config = settings.model_copy(update={"region": region.model_copy(update={"enable": False})})
     live = _Live()
     with copying.fake_mode, live:
         batch = _batch(method, *share, crop)
         images = live.now
         parameters = [p for p in module.student.parameters() if p.requires_grad]
-        if held and not flat:
+        if held and not pareto:
             for parameter in parameters:
                 parameter.grad = torch.empty_like(parameter)
         late = 10**6  # of a run in which everything has begun
         context = StepContext(module.student, teacher, late - 1, late, 1, 0, SingleRank())
+        gradients = gradients.model_copy(update={"measure_every": min(1, gradients.measure_every)})
         rule = GradientRule(gradients, dict.fromkeys(parameters, 1.0), SingleRank())
         with torch.autocast("cpu", precision, enabled=precision != torch.float32):
             losses = module(batch.parts(parts)[0], context)
         rule.backward(losses, late)
-    gradient_bytes = (2 if flat else 1) * trained
-    moments = {"sgd": 1 if optim.momentum else 0, "adamw": 2}[optim.name]
+    gradient_bytes = (2 * flat + (not pareto)) * trained
+    passes = max(0, live.most - images - (gradient_bytes if held else 0))
+    moments = {"sgd": 1 if optim.momentum else 0, "adamw": 2}[optim.name] * trained
     state = _bytes([*student.parameters(), *student.buffers()])
     return Footprint(
         parameters=state,
         gradients=gradient_bytes,
-        optimizer=moments * trained,
+        optimizer=moments,
         teacher=0 if teacher is None else state,
         method=_bytes(method.buffers()),
         images=images,
-        passes=max(0, live.most - images - (gradient_bytes if held else 0)),
+        passes=passes,
         held=held,
     )
 

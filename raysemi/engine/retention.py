@@ -48,7 +48,8 @@ def keep_newest(folder: RunFolder, keep: int, newest: int) -> None:
             folder.remove(checkpoint_name(step))
 
 
-def _best(folder: RunFolder) -> tuple[int, float] | None:
+def read_best(folder: RunFolder) -> tuple[int, float] | None:
+    """Step and mIoU in percent of the best checkpoint; None before the first evaluation or where the file is broken."""
     if not folder.exists(BEST):
         return None
     try:
@@ -61,7 +62,7 @@ def _best(folder: RunFolder) -> tuple[int, float] | None:
 
 def best_step(folder: RunFolder) -> int | None:
     """Step of the best checkpoint, None before the first evaluation."""
-    best = _best(folder)
+    best = read_best(folder)
     return None if best is None else best[0]
 
 
@@ -70,7 +71,7 @@ def best_miou(folder: RunFolder) -> float:
 
     A best checkpoint that is broken is named in the log and counts as none: the next evaluation names another.
     """
-    best = _best(folder)
+    best = read_best(folder)
     if best is None:
         return float("-inf")
     try:

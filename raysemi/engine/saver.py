@@ -32,7 +32,7 @@ from raysemi.engine.checkpoint import (
 )
 from raysemi.engine.folder import RunFolder
 from raysemi.engine.retention import keep_newest, mark_best, sweep
-from raysemi.errors import CheckpointError, CheckpointFailure
+from raysemi.errors import CheckpointError, CheckpointFailure, TrainingError
 from raysemi.methods.base import AcrossRanks
 
 _POLL_S = {True: 0.1, False: 1.0}
@@ -147,7 +147,7 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
+        if kind is None or issubclass(kind, TrainingError):  # raised by all ranks together
             self.wait()
         elif self._job is not None:
             self._job.join(_LEFT_S)  # where all ranks end alike, the others are writing too

@@ -25,10 +25,6 @@ class Board:
         self._workers: list[Any] = []
         self._asked: str | None = None
 
-    def begin(self) -> None:
-        """Begins a launch of workers: nobody is asked to end."""
-        self._workers, self._asked = [], None
-
     def ask(self, reason: str) -> None:
         """Asks the workers to save and end."""
         if self._asked is None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import ray
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
 
@@ -20,7 +21,7 @@ from raysemi.errors import RaysemiError
 _PAUSE_S = 0.5
 
 
-class FittingSizes(ElasticScalingPolicy):  # type: ignore[misc]  # Ray gives it no types
+class FittingSizes(ElasticScalingPolicy):
     """How many workers run; lives in Ray Train's controller.
 
     Args:
@@ -38,7 +39,11 @@ class FittingSizes(ElasticScalingPolicy):  # type: ignore[misc]  # Ray gives it 
         self._waiting_since: float | None = None
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
-        possible = super()._count_possible_workers(reserved_resources)
+        # Ray counts nodes that are being taken back, though it starts nothing on them any more.
+        state: Any = ray._private.state.state
+        leaving = state.get_draining_nodes()
+        staying = {node: resources for node, resources in reserved_resources.items() if node not in leaving}
+        possible = super()._count_possible_workers(staying)
         return max((size for size in self._sizes if size <= possible), default=0)
 
     def make_decision_for_non_running_worker_group(self) -> Any:
@@ -62,7 +67,7 @@ class FittingSizes(ElasticScalingPolicy):  # type: ignore[misc]  # Ray gives it 
         return decision
 
 
-class ElasticTrainer(TorchTrainer):  # type: ignore[misc]
+class ElasticTrainer(TorchTrainer):
     """TorchTrainer whose controller has the policy above.
 
     Args:
@@ -75,7 +80,8 @@ class ElasticTrainer(TorchTrainer):  # type: ignore[misc]
         self._policy = FittingSizes(self.scaling_config, sizes, board, start_timeout_s)
 
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
-        return super()._initialize_and_run_controller(**settings | {"scaling_policy": self._policy})
+        inner: Any = super()  # TorchTrainer's annotations are those of its first version
+        return inner._initialize_and_run_controller(**settings | {"scaling_policy": self._policy})
 
 
 def no_room(workers: int, seconds: float) -> str:

@@ -267,7 +267,7 @@ def _on_ray(job: _Job, tally: _Tally, workers: int, paths: Sequence[tuple[str, s
                 worker,
                 fn_constructor_args=(replace(job, accelerator=gpu, threads=cpus),),
                 # a shard takes long: the next one goes to whoever is free
-                compute=ray.data.ActorPoolStrategy(size=settings.num_workers, max_tasks_in_flight_per_actor=1),
+                compute=ray.data.ActorPoolStrategy(size=settings.max_workers, max_tasks_in_flight_per_actor=1),
                 num_cpus=cpus,
                 num_gpus=int(gpu),
             )

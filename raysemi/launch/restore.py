@@ -1,4 +1,4 @@
-"""From a config to networks and pools, and from a run folder back to its network."""
+"""From a config to networks and pools, and from a run folder, or a file exported from it, back to its network."""
 
 from __future__ import annotations
 
@@ -204,6 +204,11 @@ def _student(config: RunConfig, num_classes: int, untrained: bool) -> tuple[Segm
     return build_segmentor(model, num_classes, method.heads, config.seed), method
 
 
+def untrained_network(config: RunConfig, num_classes: int) -> Segmentor:
+    """The network of a run with random weights, on the CPU, for those of a file."""
+    return _student(config, num_classes, untrained=True)[0]
+
+
 @dataclass(frozen=True)
 class Trained:
     """What a run has learned so far."""
@@ -220,15 +225,19 @@ class Trained:
 
 
 def load_network(run: str | Path, which: Literal["last", "best"] | int = "last") -> Trained:
-    """Reads a run folder.
+    """Reads a run folder, or the file that was exported from one.
 
     Args:
-        run: run folder, local or URL.
-        which: `last` checkpoint, `best` on validation, or that of a step.
+        run: run folder, local or URL; or a local `.safetensors` of `raysemi checkpoint export`.
+        which: of a run folder: `last` checkpoint, `best` on validation, or that of a step.
 
     Raises:
         CheckpointError: no run, or no whole checkpoint in it.
     """
+    if Path(run).suffix == ".safetensors":
+        from raysemi.launch.exported import read_export  # it stands on this file
+
+        return read_export(run)
     folder = RunFolder(run)
     if not folder.exists("config.yaml"):
         raise CheckpointError(f"{run} must be a run folder; got one without config.yaml. Give the `run` of a training.")
@@ -243,7 +252,7 @@ def load_network(run: str | Path, which: Literal["last", "best"] | int = "last")
             f"{run} must hold a whole checkpoint; got none. Train it first: the same command goes on."
         )
     classes = tuple(snapshot.state["classes"])
-    network, _ = _student(config, len(classes), untrained=True)
+    network = untrained_network(config, len(classes))
     weights = snapshot.tensors["teacher" if snapshot.state["average_started"] else "student"]
     checkpoint_path = f"{run}/{checkpoint.checkpoint_name(snapshot.step)}"
     advice = f"Remove the folder {checkpoint_path}; the same command goes on from an earlier checkpoint."

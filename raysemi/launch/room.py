@@ -42,10 +42,14 @@ def tell_footprint(
     if sum(share) * crop**2 < _SMALL:
         return
     parts = config.train.parts(*share)
-    found = footprint(
-        student, method, optim=config.optim, gradients=config.gradients, share=share, parts=parts, crop=crop,
-        world=world, precision=resolve_precision(config.train, device),
-    )  # fmt: skip
+    try:
+        found = footprint(
+            student, method, optim=config.optim, gradients=config.gradients, share=share, parts=parts, crop=crop,
+            world=world, precision=resolve_precision(config.train, device),
+        )  # fmt: skip
+    except Exception as error:  # an encoder may do what fake tensors cannot, and a run does not depend on it
+        _log.info("memory that a step takes of a rank: not known before the first one (%s)", error)
+        return
     if config.train.strategy == "deepspeed":
         pareto = config.gradients.name == "pareto"
         found = spread(found, config.train.zero, world, pareto=pareto, cuda=device.type == "cuda")

@@ -17,6 +17,8 @@ from raysemi.methods.base import AcrossRanks
 _log = logging.getLogger(__name__)
 ASKED_EVERY_S = 5.0
 """Seconds between two questions to all ranks: a sixth of the shortest notice that clouds give."""
+_SAVE_S = 60.0
+"""For the workers to save and end after SIGTERM; who sent it kills after a time of its own."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -64,8 +66,9 @@ class StopVote:
             votes = torch.tensor([float(wanted), seconds], device=self._device)
             most, seconds = self._across.max(votes).tolist()
             wanted = most > 0
+        # Doubled at most: steps that are only queued look short, and the first one is like no other.
+        self._next = max(1, min(2 * self._steps, int(ASKED_EVERY_S / max(seconds, 1e-6))))
         self._steps, self._since = 0, now
-        self._next = max(1, int(ASKED_EVERY_S / max(seconds, 1e-6)))
         return wanted
 
 
@@ -98,3 +101,32 @@ def graceful_stop() -> Iterator[Callable[[], bool]]:
     finally:
         for number in signals:
             signal.signal(number, before[number])
+
+
+class Terminated:
+    """Whether this process was asked to end by SIGTERM, as Kubernetes does; the workers then save and end."""
+
+    since: float | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Handles the signal."""
+        self.since = self.since or time.monotonic()
+
+    @property
+    def late(self) -> bool:
+        """The workers have had their time to save."""
+        return self.since is not None and time.monotonic() - self.since > _SAVE_S
+
+
+@contextmanager
+def sigterm() -> Iterator[Terminated]:
+    """Hears SIGTERM in a process that does not train itself."""
+    terminated = Terminated()
+    if threading.current_thread() is not threading.main_thread():
+        yield terminated
+        return
+    before = signal.signal(signal.SIGTERM, terminated)
+    try:
+        yield terminated
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -6,15 +6,13 @@ import contextlib
 import logging
 import os
 import secrets
-import signal
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from raysemi import config_io
@@ -24,13 +22,11 @@ from raysemi.errors import CheckpointFailure, DataError, DataFailure, RaysemiErr
 from raysemi.launch.board import Board, OnLog, ToBoard, post_fault, relay
 from raysemi.launch.cluster import Cluster, connected, ctrl_c_wins, refuse_relative_paths, worker_resources
 from raysemi.launch.restore import open_pools, refuse_another_run
-from raysemi.launch.stop import Stopped
+from raysemi.launch.stop import Stopped, Terminated, sigterm
 
 _log = logging.getLogger(__name__)
 
 _POLL_S = 0.3
-_SAVE_S = 60.0
-"""For the workers to save and end after SIGTERM; who sent it kills after a time of its own."""
 _STOPPED = "stopped"
 """In a worker's answer: it ended early, with a checkpoint."""
 _END_S = 60
@@ -71,57 +67,85 @@ def _on_ray(config: RunConfig, settings: RayConfig, on_log: OnLog | None, presse
             cluster = replace(cluster, here=False)  # what is one machine now may be more later
         if not cluster.here:
             _refuse_relative_paths(config)
-        import ray
-
-        actor: Any = ray.remote(num_cpus=0)(Board)
-        board = actor.remote()
         cpus, gpu = worker_resources(settings, cluster)
         for world in {settings.min_workers, settings.max_workers}:
             check_world(config, world, gpu=gpu)
         settings = settings.model_copy(update={"use_gpu": gpu, "cpus_per_worker": cpus})
         config = config.model_copy(update={"ray": settings})
-        work = {
-            "config": config_io.dump(config),
-            "board": board,
-            "folder": str(Path.cwd()),
-            "watched": not cluster.own,
-        }
-        left, furthest = settings.max_failures, 0
-        reached = _Reached(on_log)
-        with _ended_by_sigterm(board) as terminated:
+        work = {"config": config_io.dump(config), "folder": str(Path.cwd()), "watched": not cluster.own}
+        reached, budget = _Reached(on_log), Budget(settings.max_failures)
+        with sigterm() as terminated:
             while True:
-                ray.get(board.begin.remote())
-                outcome = _Outcome(_trainer(config, settings, cluster, work, folder))
-                outcome.start()
+                board = _board()
+                outcome = _Outcome(_trainer(config, settings, cluster, work | {"board": board}, folder))
                 try:
-                    while not outcome.ended.is_set():
-                        relay(ray.get(board.take.remote()), reached)
-                        if pressed.is_set() or terminated.late:
-                            raise KeyboardInterrupt
-                        outcome.ended.wait(_POLL_S)
-                    relay(ray.get(board.take.remote()), reached)
-                    if outcome.error is not None:
-                        raise _one_line(outcome.error, settings) from outcome.error
-                    if not outcome.value.pop(_STOPPED, False):
-                        return outcome.value
-                    if terminated.asked:
+                    value = _follow(outcome, board, reached, settings, pressed, terminated)
+                    if not value.pop(_STOPPED, False):
+                        return value
+                    if terminated.since is not None:
                         raise KeyboardInterrupt
                 except BaseException as error:
-                    with contextlib.suppress(Exception):  # a terminal's Ctrl-C may have ended the board already
-                        for worker in ray.get(board.workers.remote()):  # on a notebook's cluster nothing else ends them
-                            ray.kill(worker)
-                    # A thread that asks Ray anything once it is shut down ends the whole process, with exit code 1.
-                    outcome.ended.wait(_END_S)
+                    _end(outcome, board)
                     if not may_go_better(error):
                         raise
-                    if reached.step > furthest:
-                        left, furthest = settings.max_failures, reached.step
-                    if not taken_back(outcome.error):
-                        left -= 1
+                    left = budget.spend(reached.step, free=taken_back(outcome.error))
                     if left < 0:
                         raise
                     _log.warning("%s Starting again; %d more times at most without getting further.", error, left)
-                ray.get(board.take.remote())  # what else the ended workers said of the same fault
+
+
+def _board() -> Any:
+    """A board beside the driver, as Ray Train's controller is: the nodes of workers may go."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Board)
+    return actor.remote()
+
+
+def _follow(
+    outcome: _Outcome,
+    board: Any,
+    reached: _Reached,
+    settings: RayConfig,
+    pressed: threading.Event,
+    terminated: Terminated,
+) -> dict[str, Any]:
+    """Starts the workers and hands on what they say, until they have ended; what the first of them returned."""
+    import ray
+
+    outcome.start()
+    asked = False
+    try:
+        while not outcome.ended.is_set():
+            relay(ray.get(board.take.remote()), reached)
+            if pressed.is_set() or terminated.late:
+                raise KeyboardInterrupt
+            if terminated.since is not None and not asked:
+                asked = True
+                board.ask.remote("SIGTERM")
+            outcome.ended.wait(_POLL_S)
+        relay(ray.get(board.take.remote()), reached)
+    except ray.exceptions.RayError as error:
+        raise RaysemiError(
+            f"Ray must keep the driver's own actor alive; got {type(error).__name__}. The run folder holds the last "
+            "checkpoint."
+        ) from error
+    if outcome.error is not None:
+        raise _one_line(outcome.error, settings) from outcome.error
+    return outcome.value
+
+
+def _end(outcome: _Outcome, board: Any) -> None:
+    """Ends the workers, and waits until Ray Train knows."""
+    import ray
+
+    with contextlib.suppress(Exception):  # a terminal's Ctrl-C may have ended the board already
+        for worker in ray.get(board.workers.remote()):  # on a notebook's cluster nothing else ends them
+            ray.kill(worker)
+    # A thread that asks Ray anything once it is shut down ends the whole process, with exit code 1.
+    outcome.ended.wait(_END_S)
 
 
 def _set_environment(config: RunConfig, settings: RayConfig) -> None:
@@ -137,6 +161,33 @@ def _set_environment(config: RunConfig, settings: RayConfig) -> None:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
 
 
+class Budget:
+    """How often workers are started again: so many times in a row without the run getting further than before.
+
+    Args:
+        limit: `ray.max_failures`.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = self._left = limit
+        self._furthest = 0
+
+    def spend(self, step: int, *, free: bool) -> int:
+        """Counts a failure.
+
+        Args:
+            step: the furthest step so far.
+            free: it counts for nothing.
+
+        Returns:
+            How many more may follow without getting further; -1: this one was too many.
+        """
+        if step > self._furthest:
+            self._left, self._furthest = self._limit, step
+        self._left -= not free
+        return self._left
+
+
 class _Reached:
     """Hands metrics on, and remembers the furthest step."""
 
@@ -148,44 +199,6 @@ class _Reached:
         self.step = max(self.step, step)
         if self._on_log is not None:
             self._on_log(step, metrics)
-
-
-class _Terminated:
-    """Whether, and since when, this process is asked to end."""
-
-    def __init__(self) -> None:
-        self._since: float | None = None
-
-    def ask(self) -> None:
-        self._since = self._since or time.monotonic()
-
-    @property
-    def asked(self) -> bool:
-        return self._since is not None
-
-    @property
-    def late(self) -> bool:
-        """Workers have had their time to save."""
-        return self._since is not None and time.monotonic() - self._since > _SAVE_S
-
-
-@contextlib.contextmanager
-def _ended_by_sigterm(board: Any) -> Iterator[_Terminated]:
-    """SIGTERM, as Kubernetes sends it to the driver, makes the workers save and end."""
-    terminated = _Terminated()
-    if threading.current_thread() is not threading.main_thread():
-        yield terminated
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        terminated.ask()
-        board.ask.remote("SIGTERM")
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield terminated
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def taken_back(error: Exception | None) -> bool:
@@ -218,19 +231,20 @@ def _trainer(config: RunConfig, settings: RayConfig, cluster: Cluster, work: dic
     for name in ("ray.train", "ray.tune", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
     gpu = settings.use_gpu is True
-    scaling = train.ScalingConfig(
+    configs: Any = train  # their annotations are those of the first version of Ray Train
+    scaling = configs.ScalingConfig(
         num_workers=settings.num_workers,
         use_gpu=gpu,
         resources_per_worker={"CPU": settings.cpus_per_worker} | ({"GPU": 1} if gpu else {}),
         elastic_resize_monitor_interval_s=settings.resize_every_s,
     )
     storage = settings.storage or (folder if cluster.here else f"{config.run.rstrip('/')}/ray")
-    run = train.RunConfig(
+    run = configs.RunConfig(
         # Ours are the checkpoints, so each launch is a new run to Ray Train.
         name=f"raysemi-{int(time.time())}-{secrets.token_hex(4)}",
         storage_path=storage,
         # Starting again is done here: Ray Train would also repeat what cannot go better, such as a corrupt sample.
-        failure_config=train.FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
+        failure_config=configs.FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
     )
     timeout_s = round(distributed.collective_timeout_s(config.train.hang_after_s))
     backend = TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=timeout_s)

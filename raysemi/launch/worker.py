@@ -68,8 +68,12 @@ def run(
     across = distributed.join(config.train.hang_after_s)
     device = distributed.local_device(accelerator=config.ray == "none" or config.ray.use_gpu is not False)
     check_world(config, across.world, gpu=device.type == "cuda")
+    way = "Use a smaller network, or train.strategy=deepspeed on several ranks"
     try:
-        with Watchdog(RunFolder(config.run), across.rank, config.train.hang_after_s, last_words) as watchdog:
+        with (
+            Watchdog(RunFolder(config.run), across.rank, config.train.hang_after_s, last_words) as watchdog,
+            one_line_without_room(config, across, device, lambda: "the networks", way),
+        ):
             result = _Run(config, across, device, on_log, asked, watchdog).go()
     except RuntimeError as error:
         if isinstance(error, RaysemiError) or not distributed.lost_rank(error):
@@ -334,10 +338,10 @@ class _Run:
         trainer, classes = self.trainer, self.labeled.classes
         metrics: dict[str, float] = {}
 
-        def measure(network: Any, images: int | None = None) -> torch.Tensor:
+        def measure(network: Any, at_most: int | None = None) -> torch.Tensor:
             return evaluate(
                 network, self.val, self.config.eval, self.across, trainer.device,
-                precision=trainer.precision, progress=lambda done, total: self.watchdog.beat(), images=images,
+                precision=trainer.precision, progress=lambda done, total: self.watchdog.beat(), at_most=at_most,
             )  # fmt: skip
 
         way = "Lower eval.batch, or set eval.mode=sliding_window and eval.window"

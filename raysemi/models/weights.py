@@ -81,8 +81,13 @@ def download(encoder: Encoder, name: str) -> dict[str, Tensor]:
     return tensors
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Writes a `.safetensors` file beside its place, then moves it there.
+
+    Args:
+        tensors: by name.
+        path: of the file.
+        metadata: texts by name, for its header.
 
     Raises:
         ConfigError: the file cannot be written.
@@ -92,7 +97,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     beside = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, dict(metadata or {}) or None)
         beside.replace(path)
     except (OSError, SafetensorError) as error:
         beside.unlink(missing_ok=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forks import ranks
 from makers import tiny_run, true_boxes
 
 from raysemi.data.loader import Stream
@@ -20,6 +20,8 @@ from raysemi.engine.trainer import Trainer
 from raysemi.launch.restore import build, open_pools
 from raysemi.methods.base import SingleRank
 from raysemi.ops.photometric import PARAMETERS
+
+pytestmark = pytest.mark.timeout(900)  # of a busy machine: three processes make all cases
 
 RANK = [
     "weighting=rank",
@@ -86,18 +88,31 @@ class Deaf(distributed.ProcessGroup):
         return value
 
 
+MICRO = ("fixmatch", "unimatch-rank-pareto", "derprop-pareto")
+"""Cases that two ranks also make in two micro-batches each, of a batch of 8."""
+
+
 def trace(
-    pools: Path, folder: Path, case: str, across: Any, broken_rank: int | None = None, norm: str = "frozen"
+    pools: Path,
+    folder: Path,
+    case: str,
+    across: Any,
+    broken_rank: int | None = None,
+    norm: str = "frozen",
+    batch: int = 4,
+    micro: int | None = None,
 ) -> Trace:
     """Global losses and the gradient of the first steps of a run on this rank's share.
 
     With `broken_rank`, the strong views of that rank are NaN in the last step.
     """
+    folder.mkdir(exist_ok=True)
     # weight decay 0: SGD's momentum buffer after the first step is then the gradient itself
     config = tiny_run(
         pools, folder / f"{case}-{across.rank}-{across.world}", *CASES[case],
-        f"model.batch_norm={norm}", "train.batch.labeled=4", "train.batch.unlabeled=4", "optim.weight_decay=0",
-        "optim.lr=0.001", "train.steps=20",
+        f"model.batch_norm={norm}", f"train.batch.labeled={batch}", f"train.batch.unlabeled={batch}",
+        "optim.weight_decay=0", "optim.lr=0.001", "train.steps=20",
+        *([] if micro is None else [f"train.micro_batch={micro}"]),
     )  # fmt: skip
     student, learner = build(config, 7)
     trainer = Trainer(
@@ -106,7 +121,7 @@ def trace(
     )  # fmt: skip
     read = ("labeled", "unlabeled") if learner.uses_unlabeled else ("labeled",)
     stream = Stream(
-        config.data, {name: Pool.open(pools / name) for name in read}, config.seed, 4, 4,
+        config.data, {name: Pool.open(pools / name) for name in read}, config.seed, batch, batch,
         across.rank, across.world, learner.strong_views, learner.second_view, 0, STEPS,
         strong=learner.strong, given=learner.given, boxes=open_pools(config).boxes,
     )  # fmt: skip
@@ -153,21 +168,16 @@ def counterexample(number: int, across: Any) -> Trace:
     return found | {"alpha_u": measured[1]["gradients/weight_unsupervised"]}
 
 
-def rank(number: int, world: int, pools: Path, folder: Path) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder / 'store'}", rank=number, world_size=world)
+def rank(number: int, pools: Path, folder: Path) -> None:
     across = distributed.ProcessGroup()
     traces = {case: trace(pools, folder, case, across) for case in CASES}
     for name, case in (("deaf", "supervised"), ("deaf-pareto", "fixmatch-pareto")):
-        (folder / name).mkdir(exist_ok=True)
         traces[name] = trace(pools, folder / name, case, Deaf())
-    (folder / "trained").mkdir(exist_ok=True)
     traces["statistics"] = trace(pools, folder / "trained", "u2pl", across, norm="train")
-    (folder / "broken").mkdir(exist_ok=True)
+    traces |= {f"{case}-micro": trace(pools, folder / "micro", case, across, batch=8, micro=2) for case in MICRO}
     traces["broken"] = trace(pools, folder / "broken", "fixmatch-pareto", across, broken_rank=1)
     traces["counterexample"] = counterexample(number, across)
     torch.save(traces, folder / f"rank-{number}.pt")
-    distributed.leave()
 
 
 @pytest.fixture(scope="module")
@@ -176,17 +186,12 @@ def traces(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     folder = tmp_path_factory.mktemp("ranks")
     scenes = Path(shutil.copytree(scenes, folder / "pools"))  # other tests want theirs without boxes
     true_boxes(Pool.open(scenes / "unlabeled"))
-    spawn = multiprocessing.get_context("spawn")
-    ranks = [spawn.Process(target=rank, args=(number, 2, scenes, folder)) for number in range(2)]
-    for process in ranks:
-        process.start()
-    (folder / "alone").mkdir()
+    assert ranks(2, folder, rank, scenes, folder, within=800.0) == [0, 0]
     alone = {case: trace(scenes, folder / "alone", case, SingleRank()) for case in CASES}
     alone |= {"deaf": alone["supervised"], "deaf-pareto": alone["fixmatch-pareto"]}
-    alone |= {"broken": alone["fixmatch-pareto"], "counterexample": {}, "statistics": alone["u2pl"]}
-    for process in ranks:
-        process.join(280)
-        assert process.exitcode == 0
+    alone |= {"broken": alone["fixmatch-pareto"], "counterexample": {}}
+    alone["statistics"] = trace(scenes, folder / "parts", "u2pl", SingleRank(), norm="train", micro=2)
+    alone |= {f"{case}-micro": trace(scenes, folder / "whole", case, SingleRank(), batch=8) for case in MICRO}
     both = [torch.load(folder / f"rank-{number}.pt", weights_only=True) for number in range(2)]
     return {case: [alone[case], *(one[case] for one in both)] for case in alone}
 
@@ -226,6 +231,32 @@ def test_two_ranks_equal_one(traces, case):
         else:
             assert torch.equal(one["buffers"][name], value), name
         assert torch.equal(value, second["buffers"][name])  # a number that decides is the same on all ranks
+
+
+@pytest.mark.parametrize("case", MICRO)
+def test_two_ranks_of_two_micro_batches_equal_one_of_none(traces, case):
+    one, first, second = traces[f"{case}-micro"]
+    one["scale"] = max(value.abs().max() for value in one["gradient"].values()).clamp(min=1.0)
+    assert any(value.abs().max() > 1e-3 for value in one["gradient"].values())
+    assert largest_difference(one, first) < 1e-5
+    assert largest_difference(one, second) < 1e-5
+    for name, value in first["weights"].items():
+        assert torch.equal(value, second["weights"][name]), name
+        torch.testing.assert_close(value, one["weights"][name], rtol=1e-4, atol=1e-5)
+    assert first["measured"] == second["measured"]
+    assert list(one["measured"]) == list(first["measured"])
+
+
+def test_micro_batches_are_ranks_to_batch_norm(traces):
+    """In train mode each normalises by itself, and the statistics are their mean: two on one rank equal two ranks."""
+    parts, *ranks = traces["statistics"]
+    for each in ranks:
+        parts["scale"] = max(value.abs().max() for value in parts["gradient"].values()).clamp(min=1.0)
+        assert largest_difference(parts, each) < 1e-5
+        for network in ("weights", "teacher"):
+            for name, value in parts[network].items():
+                if not name.endswith("num_batches_tracked"):
+                    torch.testing.assert_close(value, each[network][name], rtol=1e-4, atol=1e-5)
 
 
 def test_the_memories_of_rank_weighting_are_filled(traces):

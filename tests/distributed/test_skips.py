@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import shutil
 from pathlib import Path
 
 import pytest
-import torch
+from forks import ranks
 from makers import tiny_run
 
 from raysemi.config import RunConfig
 from raysemi.data.pool import Pool
-from raysemi.engine import checkpoint, distributed
+from raysemi.engine import checkpoint
 from raysemi.engine.folder import RunFolder
 from raysemi.errors import DataError
 from raysemi.launch import worker
@@ -22,9 +21,7 @@ from raysemi.report.page import build_report
 SETTINGS = ["train.batch.unlabeled=4", "model.batch_norm=frozen", "train.log_every=2", "data.on_corrupt=skip"]
 
 
-def rank(number: int, world: int, folder: Path, config: RunConfig) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder / 'store'}", rank=number, world_size=world)
+def rank(number: int, folder: Path, config: RunConfig) -> None:
     steps = []
     try:
         worker.run(config, lambda step, _: steps.append(step))
@@ -32,20 +29,12 @@ def rank(number: int, world: int, folder: Path, config: RunConfig) -> None:
     except DataError as error:
         said = str(error)
     (folder / f"said-{number}.json").write_text(json.dumps([said, steps]), encoding="utf-8")
-    distributed.leave()
 
 
-def run(folder: Path, config: RunConfig, world: int = 2) -> list[tuple[str, list[int]]]:
+def run(folder: Path, config: RunConfig) -> list[tuple[str, list[int]]]:
     """What each rank said at its end, and the steps at which it has logged."""
-    (folder / "store").unlink(missing_ok=True)
-    spawn = multiprocessing.get_context("spawn")
-    ranks = [spawn.Process(target=rank, args=(number, world, folder, config)) for number in range(world)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(300)
-        assert process.exitcode == 0
-    said = [json.loads((folder / f"said-{number}.json").read_text()) for number in range(world)]
+    assert ranks(2, folder, rank, folder, config) == [0, 0]
+    said = [json.loads((folder / f"said-{number}.json").read_text()) for number in range(2)]
     return [(text, steps) for text, steps in said]
 
 

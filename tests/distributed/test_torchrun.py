@@ -1,4 +1,7 @@
-"""The same commands under torchrun, without Ray: train, evaluate and predict as two ranks of one machine."""
+"""The same commands under torchrun, without Ray: train, evaluate and predict as two ranks of one machine.
+
+Torchrun itself starts two of them; the others get its environment in forked processes that have their imports.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,49 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from forks import FORKS, start
 from makers import tiny_run
+from object_store import free_port
 
-from raysemi import api, config_io
+from raysemi import api, cli, config_io
 from raysemi.data.pool import Pool
+
+pytestmark = pytest.mark.timeout(900)  # of a busy machine: torchrun and both ranks import all
+
+
+def rank(place: dict[str, str], said: Path, arguments: list[str]) -> None:
+    os.environ.update(place)
+    for number, stream in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{said}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    torch.set_num_threads(1)
+    cli.main(arguments)
+
+
+def two_ranks(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """`raysemi ARGUMENTS` in the environment that torchrun gives to two ranks; the larger exit code."""
+    said = folder / "said"
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    start()
+    processes = [
+        FORKS.Process(
+            target=rank, args=(place | {"RANK": number, "LOCAL_RANK": number}, said, [str(one) for one in arguments])
+        )
+        for number in "01"
+    ]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join(600)
+        codes = [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    assert None not in codes
+    out, err = (Path(f"{said}.{stream}").read_text(encoding="utf-8") for stream in ("out", "err"))
+    return subprocess.CompletedProcess(arguments, max(codes), out, err)
 
 
 def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -20,7 +62,7 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "raysemi"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, *map(str, arguments)], capture_output=True, text=True, timeout=240, env=environment
+        [*command, *map(str, arguments)], capture_output=True, text=True, timeout=600, env=environment
     )
 
 
@@ -42,15 +84,15 @@ def test_training_ends_with_a_result(trained: Path) -> None:
     assert (result["steps"], result["labeled"], result["unlabeled"]) == (2, 8, 16)
 
 
-def test_evaluating_on_two_ranks_gives_the_numbers_of_the_run(trained: Path) -> None:
-    done = torchrun("evaluate", trained, "--json")
+def test_evaluating_on_two_ranks_gives_the_numbers_of_the_run(trained: Path, tmp_path: Path) -> None:
+    done = two_ranks(tmp_path, "evaluate", trained, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == json.loads((trained / "result.json").read_text())  # the same bits
 
 
 def test_predicting_on_two_ranks_writes_each_image_once(trained: Path, scenes: Path, tmp_path: Path) -> None:
     """The files are those of one process; each was written by one rank, whose files the other's progress leaves out."""
-    done = torchrun("predict", trained, "--pool", scenes / "val", "--out", tmp_path / "both")
+    done = two_ranks(tmp_path, "predict", trained, "--pool", scenes / "val", "--out", tmp_path / "both")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("5 images: ") == 1
     assert "images 3/3" in done.stderr  # rank 0 has every other image of five

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import multiprocessing
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from forks import FORKS, start
 from makers import tiny_run
 from torch import nn
 
@@ -386,17 +386,14 @@ def alone(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, T
     wanted = {case.reference for cases in ON.values() for case in cases}
     found: dict[Any, Any] = {case: traced(scenes, folder / "alone", case, SingleRank()) for case in wanted}
     torch.save(found[START]["first"], folder / "start.pt")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported: else it looks for a GPU
-        for world in ON:
-            found[world] = ranks(world, scenes, folder)
+    for world in ON:
+        found[world] = ranks(world, scenes, folder)
     return found
 
 
 def ranks(world: int, pools: Path, folder: Path) -> list[Trace]:
-    processes = multiprocessing.get_context("forkserver")  # imports DeepSpeed once, for all numbers of ranks
-    processes.set_forkserver_preload(["deepspeed", "raysemi.engine.trainer", "raysemi.launch.restore"])
-    started = [processes.Process(target=rank, args=(number, world, pools, folder)) for number in range(world)]
+    start()
+    started = [FORKS.Process(target=rank, args=(number, world, pools, folder)) for number in range(world)]
     for process in started:
         process.start()
     for process in started:

@@ -20,7 +20,7 @@ from raysemi.config import RayConfig, RunConfig
 from raysemi.data.pool import Pool
 from raysemi.engine import checkpoint
 from raysemi.engine.folder import RunFolder
-from raysemi.errors import ConfigError, DataError, RaysemiError
+from raysemi.errors import ConfigError, DataError
 from raysemi.launch.cluster import connected
 from raysemi.launch.train import _refuse_relative_paths, launch
 
@@ -87,7 +87,7 @@ def test_two_workers_give_the_losses_of_one_process_and_go_on(cluster: Path, sce
     assert result["steps"] == 4
 
 
-def test_a_dead_worker_is_replaced_as_often_as_allowed(
+def test_a_dead_worker_is_replaced_as_long_as_the_run_gets_further(
     cluster: Path, scenes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     seen: list[int] = []
@@ -100,16 +100,16 @@ def test_a_dead_worker_is_replaced_as_often_as_allowed(
             workers = [p for p in psutil.process_iter() if p.name().startswith("ray::RayTrainWorker")]
             max(workers, key=lambda process: process.pid).send_signal(signal.SIGKILL)
 
-    overrides = ["train.steps=100000", "train.checkpoint_every=2", "ray.max_failures=1"]
-    with pytest.raises(RaysemiError, match=r"workers must stay alive; got rank \d: ") as caught:
-        launch(on_ray(scenes, tmp_path / "run", *overrides), kill_at_three_and_forty)
-    assert "\n" not in str(caught.value)
+    overrides = ["train.steps=120", "train.checkpoint_every=2", "ray.max_failures=1"]
+    assert launch(on_ray(scenes, tmp_path / "run", *overrides), kill_at_three_and_forty)["steps"] == 120
     assert killed_at == [3, 40]
-    assert [r.getMessage().split(". ")[-1] for r in caplog.records if "Starting again" in r.getMessage()] == [
-        "Starting again; 0 more times at most."
-    ]
+    # the second time the run had got further: its one failure is granted anew
+    said = [r.getMessage() for r in caplog.records if "Starting again" in r.getMessage()]
+    assert [text.split(". ")[-1] for text in said] == [
+        "Starting again; 0 more times at most without getting further."
+    ] * 2
+    assert all(text.startswith("workers must stay alive; got rank ") for text in said)
     assert seen.count(1) == 1  # it went on from a checkpoint
-    assert checkpoint.load_newest(RunFolder(tmp_path / "run")) is not None
 
 
 def test_a_corrupt_sample_ends_the_run_at_once_with_its_own_error(cluster: Path, scenes: Path, tmp_path: Path) -> None:

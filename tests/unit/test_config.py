@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from raysemi.config import RayConfig, RunConfig, broken_rules, check_world
+from raysemi.config import RayConfig, RunConfig, broken_rules, check_world, fitting_workers, spread_of
 from raysemi.config_shares import uses_unlabeled
 from raysemi.errors import ConfigError
 
@@ -53,6 +53,18 @@ def test_a_world_that_does_not_divide_is_refused_with_the_next_batch_that_works(
 def test_more_ranks_than_labeled_images_of_a_step_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"train\.batch\.labeled must be divisible by the number of ranks, 12; got 6"):
         check_world(config(), 12)
+
+
+def test_elastic_workers_begin_and_end_with_a_number_that_fits() -> None:
+    made = config(ray={"num_workers": [1, 6]})
+    assert isinstance(made.ray, RayConfig)
+    assert fitting_workers(made, made.ray) == [1, 2, 3, 6]
+    assert (made.ray.min_workers, made.ray.max_workers) == (1, 6)
+    assert "got [2, 5], of which fit: 2, 3. Change it, or the batches: train.batch.labeled must be" in refused(
+        ray={"num_workers": [2, 5]}
+    )
+    assert "must be [min, max] with min at most max; got [3, 2]" in refused(ray={"num_workers": [3, 2]})
+    assert "num_workers" in refused(ray={"num_workers": [0, 2]})
 
 
 def test_an_odd_share_would_tear_a_cutmix_pair() -> None:
@@ -105,6 +117,61 @@ def test_one_labeled_image_alone_cannot_pass_batch_norm() -> None:
     only_labeled = {"labeled": "p/l", "val": "p/v"}
     with pytest.raises(ConfigError, match="at least 2 images"):
         check_world(config(train=one, data=only_labeled, method={"name": "derprop"}), 2)
+
+
+U2PL = {"name": "u2pl", "group": 2, "warmup_periods": 0}
+OHEM = {"name": "fixmatch", "criterion": {"name": "ohem"}}
+
+
+@pytest.mark.parametrize(
+    ("labeled", "unlabeled", "world", "method", "sizes"),
+    [
+        (6, 12, 1, {"name": "fixmatch"}, [6, 4, 2]),  # 6 parts at most, of pairs
+        (6, 12, 2, {"name": "fixmatch"}, [2]),
+        (6, 12, 3, {"name": "fixmatch"}, [2]),
+        (5, 10, 1, {"name": "fixmatch"}, [2]),
+        (6, 12, 1, {"name": "mean_teacher"}, [6, 4, 2]),
+        (12, 12, 1, {"name": "mean_teacher"}, [6, 4, 3, 2, 1]),
+        (12, 12, 1, {"name": "augseg"}, [4]),
+        (12, 12, 1, U2PL, [6, 4, 2]),
+        (12, 4, 1, {"name": "supervised"}, [6, 4, 3, 2]),  # of one, BatchNorm's pooled branch cannot be normalised
+        (6, 12, 1, OHEM, [6, 4, 2]),
+    ],
+)
+def test_a_micro_batch_is_one_that_could_be_a_rank(
+    labeled: int, unlabeled: int, world: int, method: dict[str, Any], sizes: list[int]
+) -> None:
+    def run(size: int | None) -> RunConfig:
+        batch = {"labeled": labeled, "unlabeled": unlabeled}
+        return config(train={"steps": 50, "batch": batch, "micro_batch": size}, method=method)
+
+    share = (labeled if method["name"] == "supervised" else unlabeled) // world
+    assert spread_of(run(None), world).smaller() == sizes
+    assert spread_of(run(sizes[0]), world).smaller() == sizes[1:]
+    for size in range(1, 2 * share):
+        if size >= share or size in sizes:
+            check_world(run(size), world)
+        else:
+            with pytest.raises(
+                ConfigError, match=rf"train\.micro_batch must split .* {share} images.* got {size}\."
+            ) as e:
+                check_world(run(size), world)
+            assert f"Set it to {' or '.join(map(str, sizes))} or null." in str(e.value)
+
+
+def test_what_is_of_a_ranks_whole_share_is_not_split() -> None:
+    train = {"steps": 50, "batch": {"labeled": 4, "unlabeled": 8}, "micro_batch": 4}
+    local: list[tuple[str, dict[str, Any]]] = [
+        ("method.criterion.scope", {"name": "fixmatch", "criterion": {"name": "ohem", "scope": "local"}}),
+        ("method.entropy_scope", U2PL | {"entropy_scope": "local"}),
+    ]
+    for setting, method in local:
+        made = config(train=train, method=method)
+        with pytest.raises(ConfigError, match=f"micro_batch must be null with {setting}=local.* set {setting}=global"):
+            check_world(made, 1)
+        check_world(made, 2)  # where it is all of the share
+        assert spread_of(made, 1).smaller() == []
+    assert "train.micro_batch must split" in refused(train=train | {"micro_batch": 3}, ray={"num_workers": 1})
 
 
 def test_single_is_for_one_rank() -> None:

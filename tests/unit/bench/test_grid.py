@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from makers import tiny_run
@@ -181,14 +182,25 @@ def test_a_report_needs_no_other_option_and_draws_label_maps(tmp_path, make_run)
 
 
 @pytest.mark.slow
-def test_two_cells_run_and_what_is_finished_is_not_run_again(tmp_path, recipes):
+def test_a_run_that_fails_is_recorded_the_others_go_on_and_what_is_finished_is_not_run_again(tmp_path, recipes):
     out = tmp_path / "grid"
+    made = plan(out, recipes, seeds=(1,))
+    broken, whole = (GridRun(cell, 1, out) for cell in made.cells)
+    broken.location.parent.mkdir(parents=True)
+    broken.location.write_text("in the way of a folder")
+    said = []
+    assert run_grid(made, out, 1, said.append) == [broken]
+    assert whole.finished
+    assert broken.standing().startswith("failed, not begun: ")
+    assert any("supervised-none-uniform-1 failed: " in line for line in said)
+    before = {file: file.stat().st_mtime_ns for file in whole.location.rglob("*") if file.is_file()}
+    assert before
+    broken.location.unlink()
     common = ("--recipes", recipes, "--out", out, "--weighting", "none", "--gradients", "uniform", "--seeds", 1)
-    first = call(*common, "--methods", "supervised", "--json")
-    assert first.exit_code == 0, first.output
-    before = {file: file.stat().st_mtime_ns for file in (out / "runs").rglob("*") if file.is_file()}
     both = call(*common)
     assert both.exit_code == 0, both.output
+    assert broken.finished
+    assert "fixmatch-none-uniform-1 begins" not in both.output
     assert before == {file: file.stat().st_mtime_ns for file in before}
     told = CliRunner().invoke(app, ["bench", "grid", "--out", str(out), "--report", "--json"])
     supervised, fixmatch = json.loads(told.stdout)["cells"]
@@ -205,25 +217,6 @@ def test_two_cells_run_and_what_is_finished_is_not_run_again(tmp_path, recipes):
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_is_recorded_and_the_others_go_on(tmp_path, recipes):
-    out = tmp_path / "grid"
-    made = plan(out, recipes)
-    broken, whole = (GridRun(cell, 0, out) for cell in made.cells)
-    broken.location.parent.mkdir(parents=True)
-    broken.location.write_text("in the way of a folder")
-    said = []
-    assert run_grid(made, out, 1, said.append) == [broken]
-    assert whole.finished
-    assert broken.standing().startswith("failed, not begun: ")
-    assert any("supervised-none-uniform-0 failed: " in line for line in said)
-    broken.location.unlink()
-    again = call("--recipes", recipes, "--out", out, "--weighting", "none", "--gradients", "uniform", "--seeds", 0)
-    assert again.exit_code == 0, again.output
-    assert broken.finished
-    assert "fixmatch-none-uniform-0 begins" not in again.output
-
-
-@pytest.mark.slow
 def test_ctrl_c_saves_every_run_and_the_same_command_goes_on(tmp_path, recipes):
     out = tmp_path / "grid"
     options = ["--recipes", recipes, "--out", out, "--methods", "supervised", "--weighting", "none", "--gradients"]
@@ -237,6 +230,7 @@ def test_ctrl_c_saves_every_run_and_the_same_command_goes_on(tmp_path, recipes):
             if run.log.is_file() and "step 3/" in run.log.read_text():
                 process.send_signal(signal.SIGINT)
                 break
+            time.sleep(0.05)
         _, said = process.communicate()
     assert process.returncode == 130, said
     assert "each run from its last checkpoint" in said

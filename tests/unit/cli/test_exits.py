@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,7 @@ def test_exit_codes() -> None:
 needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 
 
+@pytest.mark.usefixtures("fork_server")
 @needs_dev_full
 @pytest.mark.parametrize(("full", "processes"), [("labeled-000001.tar", 2), ("index.parquet", 1)])
 def test_a_full_disk_while_packing_is_a_failure(tmp_path: Path, full: str, processes: int) -> None:
@@ -107,6 +109,52 @@ def test_a_full_disk_is_a_failure_and_keeps_what_was_finished(recipe: Path, tmp_
     assert result.exit_code == FAILURE
     assert "must have room; got none left" in result.output
     assert checkpoint.steps(RunFolder(run)) == [1]
+
+
+SHORT_OF_ROOM = """
+import json, resource, sys
+from pathlib import Path
+from makers import call
+from raysemi.engine.trainer import Trainer
+
+step = Trainer.train_step
+
+def with_little_room(self, host):
+    taken = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmSize"))
+    resource.setrlimit(resource.RLIMIT_AS, ((int(taken.split()[1]) << 10) + (400 << 20), -1))
+    return step(self, host)
+
+Trainer.train_step = with_little_room
+results = []
+for more in ([], ["train.micro_batch=2"]):
+    resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+    result = call("train", *sys.argv[1:], *more)
+    results.append((result.exit_code, result.output))
+    del result  # its error holds the step's tensors
+print(json.dumps(results))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_a_step_without_room_ends_in_one_line_and_what_it_says_fits(recipe: Path, tmp_path: Path) -> None:
+    """A real allocator, which gets 400 MB more than what there was before the step."""
+    command = [sys.executable, "-c", SHORT_OF_ROOM, recipe, f"run={tmp_path / 'run'}", "train.stop_at=1"]
+    command += ["data.crop=321", "train.batch.labeled=4", "train.batch.unlabeled=8"]
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment, check=True)
+    (whole_code, whole), (parts_code, parts) = json.loads(done.stdout.splitlines()[-1])
+    assert whole_code == FAILURE, whole
+    line = whole.splitlines()[-1]
+    assert line.startswith("error: memory of rank 0 must hold step 1; got ")
+    assert re.search(
+        r"got \d+\.\d+ GiB on cpu, of which \d+\.\d+ GiB were taken at most\. Set train\.micro_batch=4: ", line
+    )
+    assert re.search(
+        r"memory that a step takes of a rank: about 0\.\d+ GiB \(parameters 0\.00, .* passes 0\.\d+\)", whole
+    )
+    assert parts_code == 0, parts
+    assert "step 1/1" in parts
 
 
 def test_ctrl_c_saves_says_how_to_go_on_and_is_130(recipe: Path, tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ def test_train_shows_the_result_and_the_same_command_continues(trained: Path, re
     again = call("train", recipe)
     assert again.exit_code == 0
     assert f"{result['miou']:.2f}" in again.output
-    advised = ("data.on_corrupt=skip", "data.loader_processes=1")  # what errors in the middle of a run advise
+    # what errors in the middle of a run advise
+    advised = ("data.on_corrupt=skip", "data.loader_processes=1", "train.micro_batch=2")
     assert call("train", recipe, *advised).exit_code == 0
     other = call("train", recipe, "optim.lr=0.5")
     assert other.exit_code == MISTAKE

@@ -184,6 +184,7 @@ def both(tmp_path, make_pool, s3):
     return here, there
 
 
+@pytest.mark.usefixtures("fork_server")
 @pytest.mark.parametrize(("processes", "given"), [(0, 0.5), (1, 0.0)])
 def test_batches_are_the_local_ones_whatever_the_server_does(both, proxy, processes, given):
     here, there = both
@@ -223,7 +224,7 @@ def test_a_dead_store_ends_the_stream_with_shard_and_cause_in_time(both, proxy):
     began = time.monotonic()
     with pytest.raises(DataFailure, match=r"shard p-\d+\.tar, key city/\d+: .*no answer of s3://.*within 1\.5 s"):
         list(run)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20  # not the 120 s that are the default
 
 
 def test_a_corrupt_image_of_a_remote_pool_is_skipped_as_of_a_local_one(tmp_path, make_pool, s3):
@@ -250,7 +251,7 @@ def test_the_cache_serves_the_second_run(both, proxy, tmp_path):
         for one, other in zip(stream(pools, store=pools["labeled"].store), plain, strict=True):
             assert_same(one, other)
             time.sleep(0.02 if number == 0 else 0)
-        for _ in range(200):
+        for _ in range(1200):
             if not list((tmp_path / "cache").glob("*.part")):
                 break
             time.sleep(0.05)
@@ -269,12 +270,12 @@ def test_a_replaced_shard_under_the_same_name_is_told_by_the_cache(both, s3, tmp
     pools = there(f"http://{s3}", cache=str(tmp_path / "cache"))
 
     def go():
-        for _ in stream({"labeled": pools["labeled"]}, 0, 400):
+        for _ in stream({"labeled": pools["labeled"]}, 0, 4000):
             time.sleep(0.02)  # until the copy is whole
 
     with pytest.raises(DataError, match=r"shard p-000003\.tar must hold the \d+ bytes that pool\.json promises"):
         go()
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
     while list((tmp_path / "cache").glob("*.part")):  # those that were under way end by themselves
         assert time.monotonic() < until
         time.sleep(0.05)

@@ -17,6 +17,7 @@ CAMVID = Path(__file__).resolve().parents[4] / "shared" / "data" / "camvid"
 pytestmark = pytest.mark.skipif(not CAMVID.is_dir(), reason="no CamVid at ../shared/data/camvid")
 
 
+@pytest.mark.usefixtures("fork_server")
 def test_a_split_of_camvid(tmp_path: Path) -> None:
     pack(open_source("folder", CAMVID), tmp_path, split="1_64", processes=2)
     pools = {name: Pool.open(tmp_path / name) for name in ("labeled", "unlabeled", "val")}

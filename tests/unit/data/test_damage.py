@@ -472,6 +472,7 @@ def test_a_run_names_the_first_image_without_a_mask(sound: Path, tmp_path: Path)
         open_pool(str(tmp_path / "pool"), "data.val", masks=True)
 
 
+@pytest.mark.usefixtures("fork_server")
 def test_verify_in_processes_from_the_command_line(sound: Path, tmp_path: Path) -> None:
     result = call("verify", sound, "--decode", "--processes", 2)
     assert result.exit_code == 0, result.output

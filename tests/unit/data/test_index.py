@@ -38,6 +38,7 @@ def put_tar(path, files):
             tar.addfile(info, io.BytesIO(data))
 
 
+@pytest.mark.usefixtures("fork_server")
 def test_foreign_shards_become_a_pool(tmp_path):
     long = "x" * 150  # an extra header lies before such a name
     put_tar(

@@ -83,6 +83,7 @@ def test_the_method_proposes_the_family_of_strong_views_and_the_setting_decides(
     assert not one.photometric_VUP[..., 2:].any()
 
 
+@pytest.mark.usefixtures("fork_server")
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_boxes_come_with_their_images_whatever_the_processes_and_ranks(pools, method, monkeypatch):
     monkeypatch.setattr(loader, "_start_method", lambda pools: method)
@@ -113,6 +114,7 @@ def test_boxes_come_with_their_images_whatever_the_processes_and_ranks(pools, me
     assert shown > 5
 
 
+@pytest.mark.usefixtures("fork_server")
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_loader_processes_do_not_change_a_bit(pools, method, monkeypatch):
     monkeypatch.setattr(loader, "_start_method", lambda pools: method)

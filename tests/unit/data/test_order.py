@@ -93,10 +93,10 @@ def test_a_rank_reads_few_shards_block_by_block():
 
 def test_the_order_of_a_hundred_million_samples_is_ready_at_once():
     rows = np.full(100_000, 1000)
-    started = time.perf_counter()
+    started = time.process_time()
     order = Order(rows, "digest", 0, 256)
     taken, passes = order.step(1_000_000)
-    assert time.perf_counter() - started < 2.0
+    assert time.process_time() - started < 2.0
     assert passes.tolist() == [2] * 256
     assert len(set(taken.tolist())) == 256
 

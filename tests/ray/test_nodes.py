@@ -1,0 +1,108 @@
+"""Several local nodes: one goes in the middle of a run and another comes; the run ends as one process would."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from makers import tiny_run
+
+from raysemi import config_io
+from raysemi.launch.restore import load_network
+from raysemi.launch.train import launch
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning"),
+]  # of Ray's own code
+
+
+@pytest.fixture
+def nodes() -> Iterator[Any]:
+    """A cluster whose head has no CPU for workers, and two nodes of one CPU; this process is connected to it."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
+        patch.setenv("RAY_memory_monitor_refresh_ms", "0")  # it kills workers for what other processes take
+        for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+            patch.delenv(name, raising=False)
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 100 << 20})
+        for _ in range(2):
+            cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            yield cluster
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
+
+
+def give_notice(address: str, node_id: str) -> None:
+    """What a cloud's provider tells Ray before it takes a spot machine back."""
+    import ray
+    from ray.core.generated import autoscaler_pb2
+
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    deadline_ms = round((time.time() + 120) * 1000)
+    accepted, why = ray._raylet.GcsClient(address=address).drain_node(node_id, reason, "spot", deadline_ms)
+    assert accepted, why
+
+
+def test_workers_leave_and_join_and_the_run_ends_the_same(
+    nodes: Any, scenes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """2 workers, a notice, 1, a new node, 2, which vanishes, 1, SIGTERM: each step once, to the weights of one rank."""
+    import ray
+
+    settings = ["train.batch.unlabeled=4", "model.batch_norm=frozen", "train.checkpoint_every=5", "optim.lr=0.0001"]
+    settings += ["method.threshold=0.145", "train.steps=100000", "eval.every=100000", "train.log_every=1"]
+    alone = tiny_run(scenes, tmp_path / "alone", "fixmatch", *settings)
+    changes = [f"run={tmp_path / 'elastic'}", "ray.num_workers=[1, 2]", "ray.cpus_per_worker=1", "ray.resize_every_s=2"]
+    here = ray.get_runtime_context().get_node_id()
+    others = [node for node in nodes.list_all_nodes() if node.node_id not in (here, nodes.head_node.node_id)]
+    losses: dict[int, float] = {}
+    stages: list[int] = []
+
+    def disturb(step: int, metrics: dict[str, float]) -> None:
+        assert losses.get(step, metrics["loss/total"]) == pytest.approx(metrics["loss/total"], abs=1e-5)
+        losses[step] = metrics["loss/total"]
+        if len(stages) > caplog.text.count("steps were lost") or step < (stages[-1] if stages else 0) + 10:
+            return
+        stages.append(step)
+        if len(stages) == 1:
+            give_notice(nodes.address, others[0].node_id)
+        elif len(stages) == 2:
+            others.append(nodes.add_node(num_cpus=1, object_store_memory=100 << 20))
+        elif len(stages) == 3:
+            nodes.remove_node(others[-1], allow_graceful=False)
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    caplog.set_level(logging.INFO, logger="raysemi")
+    with pytest.raises(KeyboardInterrupt):
+        launch(config_io.change(alone, changes), disturb)
+    text = caplog.text
+    lost = [int(steps) for steps in re.findall(r"(\d+) steps were lost", text)]
+    assert lost[:2] == [0, 0]  # told beforehand, and asked before there were more workers
+    assert 0 <= lost[2] <= 5 + 1
+    assert len(lost) == 3
+    assert "there is room for 2 workers" in text
+    assert text.count("Starting again") == 1
+    end = load_network(tmp_path / "elastic").step
+    assert sorted(losses) == list(range(1, max(losses) + 1))
+    launch(config_io.change(alone, [f"train.stop_at={end}"]))
+    weights, elastic = (load_network(tmp_path / name).network.state_dict() for name in ("alone", "elastic"))
+    for name, value in weights.items():
+        torch.testing.assert_close(value, elastic[name], rtol=1e-3, atol=1e-4)
