@@ -31,6 +31,7 @@ from raysemi.engine.zero import Shards
 from raysemi.engine.zero_config import ZeroConfig
 from raysemi.launch.restore import build
 from raysemi.methods.base import SingleRank
+from raysemi.models.encoders import Features
 from raysemi.ops.photometric import PARAMETERS
 
 if importlib.util.find_spec("deepspeed") is None:
@@ -250,34 +251,45 @@ def counterexample(number: int, across: Any, stage: int | None) -> Trace:
     return {"x": x.clone(), "norm": update.norm, "alpha_u": measured[1]["gradients/weight_unsupervised"]}
 
 
+class Tokens(nn.Module):
+    """As a transformer's encoder: its parameter lies beside a layer, in a part that nobody calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Module()
+        self.net.token = nn.Parameter(torch.ones(1, 1, 3))
+        self.net.layer = nn.Linear(3, 1)
+        nn.init.constant_(self.net.layer.weight, 0.5)
+        nn.init.zeros_(self.net.layer.bias)
+
+    def forward(self, rows_N3: torch.Tensor) -> Features:
+        net: Any = self.net
+        return Features((net.layer(rows_N3[None] + net.token.expand(1, len(rows_N3), -1)),))
+
+
 class Beside(nn.Module):
-    """A student with a parameter beside its layer, in a part that nobody calls: as a transformer's class token."""
+    """A student with such an encoder, and its loss."""
 
     def __init__(self) -> None:
         super().__init__()
         self.student = nn.Module()
-        self.student.net = nn.Module()
-        self.student.net.token = nn.Parameter(torch.ones(1, 1, 3))
-        self.student.net.layer = nn.Linear(3, 1)
-        nn.init.constant_(self.student.net.layer.weight, 0.5)
-        nn.init.zeros_(self.student.net.layer.bias)
-        self.student.encoder_parameters = lambda: [self.student.net.token]
-        self.student.other_parameters = self.student.net.layer.parameters
+        self.student.encoder = Tokens()
+        self.student.encoder_parameters = self.student.encoder.parameters
+        self.student.other_parameters = list
         self.method = nn.Module()
 
     def forward(self, rows_N3: torch.Tensor, context: Any) -> SideLosses:
-        net = self.student.net
-        loss = net.layer(rows_N3[None] + net.token.expand(1, len(rows_N3), -1)).square().mean()
+        loss = self.student.encoder(rows_N3).maps[0].square().mean()
         return SideLosses(loss, 2 * loss, torch.zeros(()), {})
 
 
 def beside(across: Any, stage: int | None) -> dict[str, torch.Tensor]:
     """The weights of `Beside` after three steps."""
     module = Beside()
-    optimizer = Optimizer(module.student, OptimConfig(lr=0.003), 1000)
+    optimizer = Optimizer(module.student, OptimConfig(lr=0.03), 1000)
     rule = GradientRule(GradientsConfig(), optimizer.rates, across)
     parts = (module, optimizer, across, torch.device("cpu"), rule)
-    strategy = Replicas(*parts) if stage is None else Shards(*parts, ZeroConfig(stage=stage, whole_below=0))
+    strategy = Replicas(*parts) if stage is None else Shards(*parts, ZeroConfig(stage=stage, whole_below=100))
     share = torch.arange(12.0).view(4, 3).chunk(across.world)[across.rank] / 12
     for step in range(3):
         strategy.accumulate(share, SimpleNamespace(step=step))
@@ -471,7 +483,7 @@ def test_no_default_of_deepspeed_decides(alone):
 
 def test_what_lies_beside_layers_is_fetched_too(alone):
     expected = beside(SingleRank(), None)
-    assert (expected["net.token"] != 1).all()
+    assert (expected["encoder.net.token"] != 1).all()
     for trace in alone[2]:
         for name, value in expected.items():
             torch.testing.assert_close(trace["beside"][name], value)
