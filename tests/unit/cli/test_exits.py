@@ -135,6 +135,7 @@ print(json.dumps(results))
 """
 
 
+@pytest.mark.timeout(600)  # of a busy machine: a process with torch begins
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
 def test_a_step_without_room_ends_in_one_line_and_what_it_says_fits(recipe: Path, tmp_path: Path) -> None:
     """A real allocator, which gets 400 MB more than what there was before the step."""
