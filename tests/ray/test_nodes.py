@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 from makers import tiny_run
 
 from raysemi import config_io
+from raysemi.errors import RaysemiError
 from raysemi.launch.restore import load_network
 from raysemi.launch.train import launch
 
@@ -106,3 +108,39 @@ def test_workers_leave_and_join_and_the_run_ends_the_same(
     weights, elastic = (load_network(tmp_path / name).network.state_dict() for name in ("alone", "elastic"))
     for name, value in weights.items():
         torch.testing.assert_close(value, elastic[name], rtol=1e-3, atol=1e-4)
+
+
+def test_only_numbers_that_fit_count_and_running_workers_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The policy that Ray's controller runs, on rooms of several nodes, one of which is being taken back."""
+    import ray
+    from ray.train import ScalingConfig
+    from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
+
+    from raysemi.launch.elastic import FittingSizes
+
+    asked: list[str] = []
+    board = SimpleNamespace(ask=SimpleNamespace(remote=asked.append))
+    scaling = ScalingConfig(num_workers=(1, 8), resources_per_worker={"CPU": 2}, elastic_resize_monitor_interval_s=0)
+    policy = FittingSizes(scaling, [1, 2, 4, 8], board, 0.2)
+    room = {"one": {"CPU": 8.0}, "two": {"CPU": 3.0}, "leaving": {"CPU": 64.0}}
+    monkeypatch.setattr(ray._private.state.state, "get_draining_nodes", lambda: {"leaving": 0})
+    monkeypatch.setattr(policy, "_maybe_send_resource_request", lambda: None)
+    monkeypatch.setattr(policy, "_get_reserved_resources", lambda: room)
+    decision = policy.make_decision_for_non_running_worker_group()
+    assert isinstance(decision, ResizeDecision)
+    assert decision.num_workers == 4  # of 5
+
+    def running(workers: int) -> Any:
+        state: Any = SimpleNamespace(start_time=float("-inf"), num_workers=workers)
+        return policy.make_decision_for_running_worker_group(state, None)
+
+    assert isinstance(running(4), NoopDecision)
+    assert asked == []
+    assert isinstance(running(2), NoopDecision)  # Ray would have killed them
+    assert asked == ["there is room for 4 workers"]
+    room.clear()
+    room["one"] = {"CPU": 1.0}
+    assert isinstance(policy.make_decision_for_non_running_worker_group(), NoopDecision)
+    time.sleep(0.3)
+    with pytest.raises(RaysemiError, match=r"must have room for 1 worker within ray\.start_timeout_s, 0\.2 s"):
+        policy.make_decision_for_non_running_worker_group()
