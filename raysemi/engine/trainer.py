@@ -60,9 +60,9 @@ class TrainConfig(Config):
     rate, data and draws, same gradient but for rounding. It divides the share; the labeled images are split into as
     many parts, and images that are mixed with each other stay in one. What a method asks of the whole step (thresholds,
     memories, weighting=rank, ohem) is found in passes without gradient before: a half to a whole step's time more, and
-    three or four times for ael and u2pl. BatchNorm in train mode (not model.batch_norm=frozen) normalises each part by
-    itself, as a rank of its own would: fewer images share statistics, and the numbers are those of as many ranks on
-    CPUs."""
+    three to six times a step's for ael and u2pl, the more the smaller the parts. BatchNorm in train mode (not
+    model.batch_norm=frozen) normalises each part by itself, as a rank of its own would: fewer images share statistics,
+    and the numbers are those of as many ranks on CPUs."""
     period: int | None = Field(None, ge=1)
     """Steps that stand for the papers' epoch; None = one pass over the unlabeled pool, at most a 20th of the run."""
     rampup: float = Field(0.0, ge=0.0, le=1.0, json_schema_extra=choices([0.0, 0.25, 0.5]))
