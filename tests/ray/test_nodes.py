@@ -98,7 +98,7 @@ def test_workers_leave_and_join_and_the_run_ends_the_same(
     text = caplog.text
     lost = [int(steps) for steps in re.findall(r"(\d+) steps were lost", text)]
     assert lost[:2] == [0, 0]  # told beforehand, and asked before there were more workers
-    assert 0 <= lost[2] <= 5 + 1
+    assert 0 <= lost[2] <= 2 * 5 + 1  # the checkpoint under way was not finished
     assert len(lost) == 3
     assert "there is room for 2 workers" in text
     assert text.count("Starting again") == 1
