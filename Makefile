@@ -24,8 +24,9 @@ demo: $(INSTALLED)  ## draw scenes, train supervised and derprop with 2 Ray work
 test: $(INSTALLED)  ## on two cores; `.venv/bin/pytest PATH` for one file
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-soak: $(INSTALLED)  ## a run that is killed 20 times ends with the bits of one that never was; a quarter of an hour
+soak: $(INSTALLED)  ## a run that is killed 20 times, and one whose nodes leave and join, end as if nothing had been
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --points 20
+	RAYSEMI_SOAK=1 $(BIN)/python -m pytest tests/ray/test_nodes.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

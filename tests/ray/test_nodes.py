@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -60,6 +61,7 @@ def give_notice(address: str, node_id: str) -> None:
     assert accepted, why
 
 
+@pytest.mark.skipif("RAYSEMI_SOAK" not in os.environ, reason="minutes of starting workers: a part of `make soak`")
 def test_workers_leave_and_join_and_the_run_ends_the_same(
     nodes: Any, scenes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
