@@ -17,7 +17,15 @@ from PIL import Image
 from raysemi.cli.exits import FAILURE, MISTAKE, exit_code
 from raysemi.engine import checkpoint
 from raysemi.engine.folder import RunFolder
-from raysemi.errors import CheckpointError, ConfigError, DataError, DataFailure, RaysemiError
+from raysemi.errors import (
+    CheckpointError,
+    CheckpointFailure,
+    ConfigError,
+    DataError,
+    DataFailure,
+    NoRoom,
+    RaysemiError,
+)
 
 
 def test_exit_codes() -> None:
@@ -32,7 +40,8 @@ def test_exit_codes() -> None:
         RaysemiError("a dead worker"),
         DataFailure("no room, said by another process"),
         raised(CheckpointError("x"), full),
-        raised(CheckpointError("x"), forbidden),
+        raised(CheckpointFailure("x"), forbidden),
+        NoRoom("said by another rank"),
         raised(DataError("x"), quota),
         raised(DataError("x"), DataError("y"), full),
     ):
