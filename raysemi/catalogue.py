@@ -59,18 +59,40 @@ def describe(name: str) -> dict[str, Any]:
         "average": method.average.kind,
         "weighting": _accepted(name, "weighting"),
         "gradients": _accepted(name, "gradients"),
-        "settings": [
-            {
-                "path": path,
-                "default": _plain(_at(config, path)),
-                "meaning": " ".join((field.description or "").split()),
-                "unit": _extra(field).get("unit", ""),
-                **_searched(type(config), path, _extra(field)),
-            }
-            for path, field in settings(type(config), {}, "method.")
-            if path != "method.name"
-        ],
+        "settings": _settings(config, "method"),
     }
+
+
+def describe_section(section: str, name: str) -> list[dict[str, Any]]:
+    """Settings of `weighting` or `gradients` under one of their names, as `describe` gives those of a method.
+
+    Raises:
+        ConfigError: no such name.
+    """
+    known = values(section)
+    if name not in known:
+        raise ConfigError(
+            f"{section} must be one of {', '.join(known)}; got {name}. "
+            f"{did_you_mean(name, known) or 'Choose one of these.'}"
+        )
+    annotation = RunConfig.model_fields[section].annotation
+    kinds = [annotation] if isinstance(annotation, type) else get_args(annotation)
+    kind = next(kind for kind in kinds if name in _names_in(kind))
+    return _settings(kind(name=name), section)
+
+
+def _settings(config: Config, section: str) -> list[dict[str, Any]]:
+    return [
+        {
+            "path": path,
+            "default": _plain(_at(config, path)),
+            "meaning": " ".join((field.description or "").split()),
+            "unit": _extra(field).get("unit", ""),
+            **_searched(type(config), path, _extra(field)),
+        }
+        for path, field in settings(type(config), {}, f"{section}.")
+        if path != f"{section}.name"
+    ]
 
 
 def table() -> tuple[list[str], list[list[str]]]:

@@ -46,7 +46,7 @@ def load_detector(recipe: str | Path | None, overrides: Sequence[str] = ()) -> D
 
 def _load(kind: type[Tree], recipe: str | Path | None, overrides: Sequence[str]) -> Tree:
     tree = {} if recipe is None else _recipe(str(recipe), kind)
-    return _validate(tree, _override(tree, overrides), kind)
+    return _validate(tree, apply_overrides(tree, overrides), kind)
 
 
 def change(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
@@ -56,7 +56,7 @@ def change(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
         ConfigError: with every fault that was found.
     """
     tree = _mapping(dump(config), "config")
-    return _validate(tree, _override(tree, overrides), RunConfig)
+    return _validate(tree, apply_overrides(tree, overrides), RunConfig)
 
 
 def parse(text: str, source: str = "config.yaml") -> RunConfig:
@@ -85,6 +85,11 @@ def difference(a: Tree, b: Tree) -> list[str]:
     paths = {path for path in left.keys() | right.keys() if left.get(path, _ABSENT) != right.get(path, _ABSENT)}
     # A section against a word (`ray: none`): its keys say it, the word adds nothing.
     return sorted(path for path in paths if not any(other.startswith(f"{path}.") for other in paths))
+
+
+def leaves(config: BaseModel) -> dict[str, Any]:
+    """Dotted path -> value of every setting, as `dump` writes them."""
+    return dict(_leaves(config.model_dump(mode="json")))
 
 
 def recipes() -> list[str]:
@@ -118,15 +123,15 @@ def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, tree
 
 
-class _Loader(BoundedLoader):
+class Loader(BoundedLoader):
     """YAML 1.2's words and numbers (1e-3 is a number, `no` and 2026-01-31 are texts); a key twice is refused."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what `_Loader` would not read as a text."""
+    """Quotes what `Loader` would not read as a text."""
 
 
-for _class in (_Loader, _Dumper):
+for _class in (Loader, _Dumper):
     _class.yaml_implicit_resolvers = {}
     _class.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf"))
     _class.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:null|~|)$"), ["n", "~", ""])
@@ -138,7 +143,7 @@ for _class in (_Loader, _Dumper):
     )
 
 
-def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+def _mapping_without_duplicates(loader: Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)
@@ -150,11 +155,11 @@ def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict
     return loader.construct_mapping(node, deep=True)
 
 
-_Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
+Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
 
 
 def _yaml(text: str) -> Any:
-    return parse_yaml(text, _Loader)
+    return parse_yaml(text, Loader)
 
 
 def _recipe(recipe: str, kind: type[BaseModel]) -> dict[str, Any]:
@@ -239,8 +244,8 @@ def _expand_pools(tree: dict[str, Any]) -> Iterator[str]:
         yield f"data.pools must name the folder that `raysemi pack --out` wrote; got {folder!r}. Correct or remove it."
 
 
-def _override(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:
-    """Sets values in the tree, one after another; returns the faults."""
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Sets values `a.b=value` in a tree, one after another; returns the faults."""
     faults, given = [], dict[str, Any]()
     for text in overrides:
         path, equals, value_text = text.partition("=")

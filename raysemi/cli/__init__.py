@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from raysemi import __version__
-from raysemi.cli import about, bench, checkpoint, data, detect, runs
+from raysemi.cli import about, bench, checkpoint, data, detect, runs, tune
 from raysemi.cli.exits import Commands
 from raysemi.launch.terminal import log_to_stderr
 
@@ -44,6 +44,7 @@ for verb in (
 app.add_typer(bench.app, name="bench")
 app.add_typer(detect.app, name="detect")
 app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(tune.app, name="tune")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -45,10 +45,14 @@ class Cluster:
 
 
 @contextmanager
-def connected(config: RayConfig) -> Iterator[Cluster]:
+def connected(config: RayConfig, *, dashboard: bool = False) -> Iterator[Cluster]:
     """Joins the cluster of `ray.address` or RAY_ADDRESS, or starts one; leaves it at the end.
 
-    A connection that exists already (a notebook's) is used and left open.
+    A connection that exists already (a notebook's, or that of a sweep's trial) is used and left open.
+
+    Args:
+        config: `ray.*`.
+        dashboard: a cluster that is started here gets one, which answers what is running.
 
     Raises:
         RaysemiError: Ray does not start, or the address does not answer.
@@ -56,19 +60,19 @@ def connected(config: RayConfig) -> Iterator[Cluster]:
     address = config.address or os.environ.get("RAY_ADDRESS")
     own = address in (None, "", "local")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        yield Cluster(own=False, here=_single_node())
+        return
     _set_authentication(own)
     import ray
 
-    if ray.is_initialized():
-        yield Cluster(own=False, here=_single_node())
-        return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if own:
             ray.init(
                 address="local",
                 num_cpus=max(cores(), config.max_workers * _cpus_per_worker(config, own=True)),
-                include_dashboard=False,
+                include_dashboard=dashboard,
                 object_store_memory=_OBJECT_STORE_BYTES,
                 **quiet,
             )

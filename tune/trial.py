@@ -1,0 +1,63 @@
+"""What a trial does, in a process of Ray Tune: an ordinary run in a folder of its own, that reports its evaluations."""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from typing import Any
+
+from raysemi import config_io
+from raysemi.errors import RaysemiError
+
+_log = logging.getLogger(__name__)
+
+
+def train(work: dict[str, Any]) -> None:
+    """Trains a trial, from its last checkpoint where there is one.
+
+    Every end that says something about the settings is reported, and not raised, so that Tune begins only those trials
+    again that may go better: whose process died, or whose disk or store did not answer.
+
+    Args:
+        work: `config` (YAML), `begun` (time when the trial was handed out), `hours` (spent before), `devices` (GPUs, or
+            CPU cores without).
+    """
+    import torch
+    from ray import tune
+
+    from raysemi.config import RayConfig
+    from raysemi.launch.train import launch, may_go_better
+
+    if work.get("refused"):
+        tune.report({"step": 0, "failed": work["refused"]})
+        return
+    config = config_io.parse(work["config"])
+    if not isinstance(config.ray, RayConfig):
+        torch.set_num_threads(work["threads"])
+    since, first_step_s = time.time(), None
+
+    def numbers(step: int) -> dict[str, Any]:
+        hours = work["hours"] + (time.time() - since) * work["devices"] / 3600.0
+        return {"step": step, "hours": hours, "first_step_s": first_step_s}
+
+    def on_log(step: int, metrics: dict[str, float]) -> None:
+        nonlocal first_step_s
+        if first_step_s is None:
+            done = metrics.get("step_seconds", 0.0)
+            first_step_s = time.time() - work["begun"] - done
+        if "eval/miou" in metrics:
+            tune.report({**numbers(step), "miou": metrics["eval/miou"]})
+
+    try:
+        result = launch(config, on_log)
+    except Exception as error:
+        own = isinstance(error, RaysemiError)
+        if own and may_go_better(error):
+            raise
+        if not own:
+            traceback.print_exc()
+        reason = " ".join((str(error) if own else f"{type(error).__name__}: {error}").split())
+        tune.report({**numbers(0), "failed": reason})
+        return
+    tune.report({**numbers(result["steps"]), "miou": result["miou"], "finished": True, "result": result})
