@@ -24,8 +24,6 @@ from raysemi.tune.study import FILE, Study, begun, best_of, differences, only_dr
 from raysemi.tune.sweep import SweepConfig, dump
 
 _log = logging.getLogger(__name__)
-_CLOCK = "hours.json"
-"""Of the sweep's folder: wall-clock hours that it has taken so far."""
 _NEVER = 10**6
 """More trials than a sweep has: the searcher says when it is over."""
 
@@ -99,15 +97,14 @@ def _go(study: Study, limit: int, cluster: Cluster, pressed: Callable[[], bool])
     """Runs a study's trials until there are `limit`."""
     from ray import tune
 
-    from raysemi.tune.search import Search, scheduler
+    from raysemi.tune.search import Clock, Hours, Search, scheduler
     from raysemi.tune.trial import train
 
     if study.num("finished", "pruned", "failed") >= limit:
         return
     sweep, resources = study.sweep, study.sweep.resources
-    clock = _Clock(study.folder)
-    left_s = None if sweep.search.hours is None else sweep.search.hours * 3600.0 - clock.spent_s
-    if left_s is not None and left_s <= 0:
+    clock = Clock(study.folder)
+    if sweep.search.hours is not None and clock.spent_s > sweep.search.hours * 3600.0:
         _log.warning("search.hours=%g are over; raise it to go on.", sweep.search.hours)
         return
     search = Search(study, lambda trial: _work(study, trial), limit)
@@ -132,11 +129,12 @@ def _go(study: Study, limit: int, cluster: Cluster, pressed: Callable[[], bool])
                 storage_path=own if cluster.here else str(study.folder / "ray"),
                 failure_config=tune.FailureConfig(max_failures=resources.max_failures),
                 callbacks=[watch],
-                stop=_stopper(search, left_s, clock),
+                stop=Hours(search, clock, sweep.search.hours),
                 verbose=0,
             ),
         )
         tuner.fit()
+    clock.note(now=True)
     if pressed():
         raise KeyboardInterrupt
 
@@ -191,8 +189,8 @@ def _concurrent(sweep: SweepConfig) -> int:
 def _on_ray(sweep: SweepConfig, folder: Path, space: Space, address: str | None) -> Iterator[Cluster]:
     resources = sweep.resources
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths of the config are the user's
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the watch shows what there is to see
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # each run writes its own
-    os.environ.setdefault("TUNE_RESULT_DIR", str(folder))
     # A reused process is given time to end a run that was stopped in the middle.
     os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "60")
     for name in ("ray.tune", "ray.train"):
@@ -210,43 +208,3 @@ def _pools(config: RunConfig) -> Iterator[tuple[str, str | None]]:
     yield from (("data.labeled", config.data.labeled), ("data.val", config.data.val))
     if uses_unlabeled(config.method, config.data):
         yield from (("data.unlabeled", path) for path in config.data.unlabeled_pools)
-
-
-class _Clock:
-    """Wall-clock time of a sweep over all of its starts."""
-
-    def __init__(self, folder: Path) -> None:
-        self._file = folder / _CLOCK
-        self._before = json.loads(self._file.read_text())["seconds"] if self._file.is_file() else 0.0
-        self._since = self._noted = time.monotonic()
-
-    @property
-    def spent_s(self) -> float:
-        """Seconds so far."""
-        return float(self._before + time.monotonic() - self._since)
-
-    def note(self) -> None:
-        """Writes it down, every ten seconds at most."""
-        if time.monotonic() - self._noted > 10:
-            self._noted = time.monotonic()
-            beside = self._file.with_suffix(".new")
-            beside.write_text(json.dumps({"seconds": self.spent_s}))
-            beside.replace(self._file)
-
-
-def _stopper(search: Any, left_s: float | None, clock: _Clock) -> Any:
-    """Tune's question whether all is over: when the hours are."""
-    from ray.tune import Stopper
-
-    until = None if left_s is None else time.monotonic() + left_s
-
-    class Hours(Stopper):
-        def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-            return False
-
-        def stop_all(self) -> bool:
-            clock.note()
-            search.out_of_time = until is not None and time.monotonic() > until
-            return bool(search.out_of_time)
-
-    return Hours()

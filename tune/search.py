@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from optuna.trial import Trial as OptunaTrial
 from optuna.trial import TrialState
+from ray.tune import Stopper
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
@@ -16,6 +19,7 @@ from ray.tune.search.optuna import OptunaSearch
 from raysemi.tune.study import Study
 from raysemi.tune.sweep import PruneConfig
 
+_NOTE_S = 10.0
 Work = Callable[[OptunaTrial], dict[str, Any]]
 """A trial of Optuna -> what `trial.train` is given."""
 
@@ -111,6 +115,59 @@ class Search(OptunaSearch):
     def restore(self, checkpoint_path: str) -> None:
         """Nothing: the study is the memory."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles all that it is given; nobody reads it
+
+
+class Hours(Stopper):
+    """Stops a sweep when its hours are over.
+
+    Args:
+        search: is told so.
+        clock: of the sweep.
+        hours: over all starts; None: no limit.
+    """
+
+    def __init__(self, search: Search, clock: Clock, hours: float | None) -> None:
+        self._search = search
+        self._clock = clock
+        self._hours = hours
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Stops no single trial."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether all is over."""
+        self._clock.note()
+        self._search.out_of_time = self._hours is not None and self._clock.spent_s > self._hours * 3600.0
+        return self._search.out_of_time
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class Clock:
+    """Wall-clock time of a sweep over all of its starts, kept in its folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / "clock.json"
+        self._before = json.loads(self._file.read_text())["seconds"] if self._file.is_file() else 0.0
+        self._since = self._noted = time.monotonic()
+
+    @property
+    def spent_s(self) -> float:
+        """Seconds so far."""
+        return float(self._before + time.monotonic() - self._since)
+
+    def note(self, *, now: bool = False) -> None:
+        """Writes it down, every ten seconds at most."""
+        if now or time.monotonic() - self._noted > _NOTE_S:
+            self._noted = time.monotonic()
+            beside = self._file.with_suffix(".new")
+            beside.write_text(json.dumps({"seconds": self.spent_s}))
+            beside.replace(self._file)
+
 
 def _no_space(trial: OptunaTrial) -> dict[str, Any]:
     return {}
@@ -129,7 +186,8 @@ def scheduler(prune: PruneConfig, study: Study, steps: int, every: int) -> Trial
     common: dict[str, Any] = {"time_attr": "step", "metric": "miou", "mode": "max", "grace_period": grace}
     made: TrialScheduler
     if prune.name == "asha":
-        made = ASHAScheduler(max_t=steps, reduction_factor=prune.reduction, stop_last_trials=False, **common)
+        last = steps - 1  # no rung where a trial ends: stopping it there saves nothing
+        made = ASHAScheduler(max_t=last, reduction_factor=prune.reduction, stop_last_trials=False, **common)
     elif prune.name == "median":
         made = MedianStoppingRule(min_samples_required=prune.min_trials, **common)
     else:

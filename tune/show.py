@@ -71,6 +71,9 @@ class Watch(Callback):
         """Says that a trial's process is gone."""
         self._say(trial, "its process died")
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles all that it is given; nobody reads it
+
     def _say(self, trial: Any, what: str) -> None:
         if self._live is None:
             print(f"{self._study.name} {trial.config.get('number')}: {what}", file=sys.stderr, flush=True)

@@ -46,7 +46,7 @@ def train(work: dict[str, Any]) -> None:
         if first_step_s is None:
             done = metrics.get("step_seconds", 0.0)
             first_step_s = time.time() - work["begun"] - done
-        if "eval/miou" in metrics:
+        if "eval/miou" in metrics and step < config.train.steps:  # the last one comes with the result
             tune.report({**numbers(step), "miou": metrics["eval/miou"]})
 
     try:
