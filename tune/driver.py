@@ -189,6 +189,8 @@ def _concurrent(sweep: SweepConfig) -> int:
 def _on_ray(sweep: SweepConfig, folder: Path, space: Space, address: str | None) -> Iterator[Cluster]:
     resources = sweep.resources
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths of the config are the user's
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # its own would end running trials, which are to go on later
+    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # a trial that fails at once has no mIoU
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the watch shows what there is to see
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # each run writes its own
     # A reused process is given time to end a run that was stopped in the middle.
