@@ -124,6 +124,12 @@ class Space:
                 settings |= {path: other for path, other in along.items() if path not in self.fixed}
         return Draw(cell, settings)
 
+    def value(self, parameter: Parameter, draw: Draw) -> Any:
+        """What a trial trained with: drawn, given or the recipe's own; None where there is no such parameter."""
+        if draw.cell not in parameter.cells or not self._holds(parameter, draw.cell, draw.settings):
+            return None
+        return draw.settings.get(parameter.path, self.bases[draw.cell].get(parameter.path))
+
     def _holds(self, parameter: Parameter, cell: Cell, settings: Mapping[str, Any]) -> bool:
         base = self.bases[cell]
         return all(settings.get(path, base.get(path)) in values for path, values in parameter.requires.items())
