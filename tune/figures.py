@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from raysemi.report.svg import NUM_SERIES, QUIET, RULE, SERIES, STYLE, as_svg, thousands
+from raysemi.report.svg import CARD, NUM_SERIES, QUIET, RULE, SERIES, STYLE, as_svg, thousands
 from raysemi.tune.study import Trial, as_text
 
 WIDE = (9.4, 2.9)
@@ -159,11 +159,22 @@ def parallel(axes_of: Sequence[Axis], lines: Sequence[Sequence[Any]], mious: Seq
             axes.plot([position, position], [0, 1], color=QUIET, linewidth=0.9, zorder=1)
             for height, text in _ticks(axis):
                 axes.plot([position - 0.03, position], [height, height], color=QUIET, linewidth=0.9)
-                axes.text(position - 0.05, height, text, ha="right", va="center", color=QUIET, fontsize=7.5)
-        if any(value is None for values in lines for value in values):
+                axes.text(
+                    position - 0.05,
+                    height,
+                    text,
+                    ha="right",
+                    va="center",
+                    color=QUIET,
+                    fontsize=7.5,
+                    zorder=4,
+                    bbox={"facecolor": CARD, "edgecolor": "none", "alpha": 0.85, "pad": 0.8},
+                )
+        gaps = any(value is None for values in lines for value in values)
+        if gaps:
             axes.text(-0.05, _ABSENT, "not drawn", ha="right", va="center", color=QUIET, fontsize=7.5)
         axes.set_xlim(-0.75, len(every) - 0.8)
-        axes.set_ylim(-0.24, 1.05)
+        axes.set_ylim(_ABSENT - 0.08 if gaps else -0.05, 1.05)
         axes.set_xticks(range(len(every)), [_two_lines(axis.name) for axis in every])
         axes.yaxis.set_major_locator(NullLocator())
         axes.grid(visible=False)
@@ -193,7 +204,7 @@ def slice_of(axis: Axis, points: Sequence[Point], name: str) -> str:
             at = axis.choices.index(as_text(value)) if axis.choices else value
             axes.axvline(at, color=QUIET, linewidth=0.8, linestyle=(0, (3, 3)), zorder=1)
         if axis.choices:
-            long = sum(map(len, axis.choices)) > 44
+            long = max(map(len, axis.choices)) * len(axis.choices) > 40
             axes.set_xticks(
                 range(len(axis.choices)),
                 axis.choices,
@@ -211,12 +222,7 @@ def slice_of(axis: Axis, points: Sequence[Point], name: str) -> str:
             else:
                 axes.xaxis.set_major_locator(MaxNLocator(5, integer=axis.whole))
             axes.xaxis.set_major_formatter(FuncFormatter(thousands))
-            ends = np.array([axis.low, axis.high])
-            logs = axes.get_xscale() == "log"
-            span = np.log(ends) if logs else ends
-            margin = 0.04 * (span[1] - span[0]) or 0.5
-            wide = span + [-margin, margin]
-            axes.set_xlim(*(np.exp(wide) if logs else wide))
+            axes.set_xlim(_wider(axis.low, axis.high, log=axes.get_xscale() == "log"))
         axes.margins(y=0.1)
         axes.yaxis.set_major_locator(MaxNLocator(4))
         return as_svg(figure)
@@ -234,7 +240,7 @@ def pareto(trials: Sequence[Trial], front: Sequence[Trial], hours: str) -> str:
         figure, axes = _wide()
         axes.scatter(
             [trial.hours for trial in trials],
-            [trial.miou for trial in trials],
+            [trial.miou or 0.0 for trial in trials],
             s=22,
             facecolors="none",
             edgecolors=SERIES[0],
@@ -282,10 +288,19 @@ def _wide(height: float = WIDE[1]) -> tuple[Figure, Axes]:
 def _labels(axes: Axes, x: str, y: str, *, whole: bool = True) -> None:
     axes.set_xlabel(x, color=QUIET)
     axes.set_ylabel(y, color=QUIET)
-    axes.xaxis.set_major_locator(MaxNLocator(10, integer=whole))
+    axes.xaxis.set_major_locator(MaxNLocator(10, integer=whole, min_n_ticks=1 if whole else 2))
     axes.xaxis.set_major_formatter(FuncFormatter(thousands))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.spines["bottom"].set_color(RULE)
+
+
+def _wider(low: float, high: float, *, log: bool) -> tuple[float, float]:
+    """An interval with room for marks at its ends."""
+    if log:
+        room = (high / low) ** 0.04 if high > low else 1.5
+        return low / room, high * room
+    room = 0.04 * (high - low) if high > low else 0.5
+    return low - room, high + room
 
 
 def _ticks(axis: Axis) -> list[tuple[float, str]]:

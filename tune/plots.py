@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from raysemi.tune import figures
-from raysemi.tune.figures import Axis, Point, finite
+from raysemi.tune.figures import Axis, Point
 from raysemi.tune.spaces import Cell, Parameter, Space
 from raysemi.tune.study import Trial, as_text
 from raysemi.tune.sweep import SweepConfig
@@ -20,19 +20,24 @@ Series = Mapping[Cell, int]
 _NO_SPACE = "the space cannot be read; see What was searched."
 
 
-def history(trials: Sequence[Trial], series: Series) -> Markup | None:
-    """mIoU by trial."""
-    begun = [trial for trial in trials if trial.state != "waiting"]
-    if not any(finite(trial.miou) is not None for trial in begun):
-        return None
-    return _markup(figures.history(begun, _colours(begun, series)))
-
-
-def curves(trials: Sequence[Trial], series: Series, finished: Sequence[Trial]) -> Markup | None:
-    """mIoU by step."""
+def history(trials: Sequence[Trial], series: Series, finished: Sequence[Trial]) -> list[tuple[str, str, Markup]]:
+    """(title, note, figure): mIoU by trial, and by step."""
     seen = [trial for trial in trials if any(map(math.isfinite, trial.curve.values()))]
+    if not seen:
+        return []
+    begun = [trial for trial in trials if trial.state != "waiting"]
     best = finished[0].number if finished else None
-    return _markup(figures.curves(seen, _colours(seen, series), best)) if seen else None
+    return [
+        ("mIoU by trial", _BY_TRIAL, _markup(figures.history(begun, _colours(begun, series)))),
+        ("mIoU by step", _BY_STEP, _markup(figures.curves(seen, _colours(seen, series), best))),
+    ]
+
+
+_BY_TRIAL = (
+    "full: finished, hollow: pruned, at its last evaluation, triangle: not at its end, ×: failed; line: the best so far "
+    "of the finished ones"
+)
+_BY_STEP = "solid: finished, the best one thick; dashed to a circle: not finished"
 
 
 def parallel(space: Space | None, finished: Sequence[Trial]) -> tuple[list[tuple[str, Markup]], str]:
@@ -127,7 +132,7 @@ def _choices_of_parts(trials: Sequence[Trial]) -> list[tuple[Axis, list[Any]]]:
     found: list[tuple[Axis, list[Any]]] = []
     for part in ("weighting", "gradients"):
         words = [str(getattr(trial.draw.cell, part)) for trial in trials]
-        found.append((Axis(part, tuple(dict.fromkeys(words))), list(words)))
+        found.append((Axis(part, tuple(sorted(set(words)))), list(words)))
     return found
 
 

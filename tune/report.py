@@ -13,7 +13,7 @@ import optuna
 from raysemi.errors import CheckpointError, ConfigError
 from raysemi.report import html
 from raysemi.report.svg import NUM_SERIES
-from raysemi.tune import figures, importance, plots, results, spaces, winner
+from raysemi.tune import importance, plots, results, spaces, winner
 from raysemi.tune.figures import finite
 from raysemi.tune.results import settings_of
 from raysemi.tune.spaces import Space
@@ -110,7 +110,6 @@ def _page(folder: Path, sweep: SweepConfig, trials: list[Trial], repeats: list[T
             left_out.append((heading, why_not))
         return content
 
-    nothing_yet = "no trial has been evaluated yet."
     none_finished = "no trial has finished yet."
     return html.render(
         __package__,
@@ -119,6 +118,8 @@ def _page(folder: Path, sweep: SweepConfig, trials: list[Trial], repeats: list[T
         question=sweep.question,
         alive=is_driven(folder),
         hours=hours,
+        gpus=sweep.resources.gpus > 0,
+        labelled=bool(sweep.rows),
         numbers=results.numbers(folder, trials, repeats),
         best=shown("Best trials", [] if grid else finished[:BEST], _GRID_HAS_ROWS if grid else none_finished),
         num_finished=len(finished),
@@ -135,13 +136,12 @@ def _page(folder: Path, sweep: SweepConfig, trials: list[Trial], repeats: list[T
         published=any(row.published is not None for row in rows),
         methods=shown("Methods", results.methods(finished, repeats, grid=grid), none_finished),
         repeats=shown("Repeats on new seeds", results.repeated(trials, repeats), _no_repeats(sweep, repeats)),
-        history=shown("History", plots.history(trials, series), nothing_yet),
-        curves=shown("Curves", plots.curves(trials, series, finished), nothing_yet),
+        history=shown("History", plots.history(trials, series, finished), "no trial has been evaluated yet."),
         importances=shown("Importance", *_importances(folder, sweep)),
         parallel=shown("Parallel coordinates", *plots.parallel(space, finished)),
         slices=shown("Slices", *plots.slices(space, finished, series)),
         pareto=shown("Pareto front", *plots.pareto(sweep, finished, hours)),
-        cost=results.cost(trials, repeats),
+        cost=shown("Cost", results.cost(trials, repeats), "no trial has taken any time yet."),
         cost_figure=plots.cost(trials, hours),
         failed=shown("Failed trials", _failed(trials, repeats), "none has failed."),
         settings=dump(sweep),
@@ -171,7 +171,7 @@ def _searched_columns(space: Space | None) -> list[str]:
 def _again(folder: Path, finished: list[Trial]) -> tuple[dict[str, Any] | None, str]:
     if not finished:
         return None, "no trial has finished yet."
-    recipe = winner.write_recipe(folder)
+    recipe = winner.write_recipe(folder, number=finished[0].number)
     return {
         "trial": recipe.trial,
         "command": winner.command(recipe),

@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ class GridRow:
 
     label: str
     cell: Cell
+    settings: str
     miou: Spread | None
     """Over the seeds that have finished."""
     published: float | None
@@ -129,15 +130,10 @@ def grid(sweep: SweepConfig, trials: Sequence[Trial]) -> list[GridRow]:
     for label in dict.fromkeys(trial.label for trial in trials if trial.label):
         own = [trial for trial in trials if trial.label == label]
         done = [miou for trial in own if (miou := _scored(trial)) is not None]
-        row = GridRow(label, own[0].draw.cell, Spread.of(done), published.get(label), len(own) - len(done))
-        found.append(row)
+        spread, missing = Spread.of(done), len(own) - len(done)
+        found.append(GridRow(label, own[0].draw.cell, settings_of(own[0]), spread, published.get(label), missing))
     top = max((row.miou.mean for row in found if row.miou), default=math.nan)
-    return [
-        GridRow(row.label, row.cell, row.miou, row.published, row.unfinished, best=row.miou.mean == top)
-        if row.miou
-        else row
-        for row in found
-    ]
+    return [replace(row, best=row.miou is not None and row.miou.mean == top) for row in found]
 
 
 def methods(finished: Sequence[Trial], repeats: Sequence[Trial], *, grid: bool) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 NUM_SERIES = 8
 """Colours of the page's style; more groups begin anew."""
-QUIET, RULE = "#0a0b0c", "#0a0b0d"
+QUIET, RULE, CARD = "#0a0b0c", "#0a0b0d", "#0a0b0e"
 SERIES = tuple(f"#0a0c{index:02x}" for index in range(NUM_SERIES))
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: the page's own font, and it can be searched
@@ -61,7 +61,7 @@ def as_svg(figure: Figure) -> str:
     text = text.replace("xlink:href", "href")
     text = re.sub(r'<svg([^>]*?)\swidth="[^"]*"', r"<svg\1", text, count=1)
     text = re.sub(r'<svg([^>]*?)\sheight="[^"]*"', r'<svg role="img"\1', text, count=1)
-    for colour, variable in [(QUIET, "--quiet"), (RULE, "--rule")] + [
+    for colour, variable in [(QUIET, "--quiet"), (RULE, "--rule"), (CARD, "--card")] + [
         (colour, f"--series-{index}") for index, colour in enumerate(SERIES)
     ]:
         text = text.replace(colour, f"var({variable})")
