@@ -124,6 +124,12 @@ class Space:
                 settings |= {path: other for path, other in along.items() if path not in self.fixed}
         return Draw(cell, settings)
 
+    def value(self, parameter: Parameter, draw: Draw) -> Any:
+        """What a trial trained with: drawn, given or the recipe's own; None where there is no such parameter."""
+        if draw.cell not in parameter.cells or not self._holds(parameter, draw.cell, draw.settings):
+            return None
+        return draw.settings.get(parameter.path, self.bases[draw.cell].get(parameter.path))
+
     def _holds(self, parameter: Parameter, cell: Cell, settings: Mapping[str, Any]) -> bool:
         base = self.bases[cell]
         return all(settings.get(path, base.get(path)) in values for path, values in parameter.requires.items())
@@ -195,8 +201,12 @@ def label_of(draw: Draw) -> str:
     return " ".join([str(draw.cell), *(f"{path}={_yaml(value)}" for path, value in draw.settings.items())])
 
 
-def build(sweep: SweepConfig) -> Space:
-    """The space of a sweep, tried out.
+def build(sweep: SweepConfig, *, tried: bool = True) -> Space:
+    """The space of a sweep.
+
+    Args:
+        sweep: its settings.
+        tried: against its pools and by draws, as before a start; False: to show it, wherever the pools are now.
 
     Raises:
         ConfigError: with everything that is wrong: names, ranges, conditions, what the config refuses, data that cannot
@@ -240,13 +250,13 @@ def build(sweep: SweepConfig) -> Space:
     space = Space(sweep.recipes, sweep.set, bases, tuple(ordered), tuple(sweep.rows), tuple(sweep.seeds))
     faults += _never_held(space)
     faults += _pruned_at_all(sweep, configs)
-    for config in configs:
+    for config in configs if tried else []:
         try:
             open_pools(config)
         except (ConfigError, DataError) as error:
             faults += [str(error)] if isinstance(error, DataError) else list(error.faults)
-    faults += _refused_values(space, ray) if not faults else []
-    faults += _refused_draws(space, sweep, ray) if not faults else []
+    faults += _refused_values(space, ray) if tried and not faults else []
+    faults += _refused_draws(space, sweep, ray) if tried and not faults else []
     if faults:
         raise ConfigError(dict.fromkeys(faults))
     return space

@@ -1,53 +1,19 @@
-"""Curves, histograms and large matrices as SVG that stands inside a page and takes its colours from the page's style.
-
-matplotlib draws with stand-in colours; in the text of the SVG they become CSS variables (`--series-0`, `--quiet`, ...),
-so that one drawing is readable on light and on dark. Everything goes through figure objects, never through pyplot.
-"""
+"""Curves, histograms and large matrices as SVG for a page."""
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, ScalarFormatter
 from numpy.typing import NDArray
 
 from raysemi.report.runs import Curve
-
-NUM_SERIES = 8
-"""Colours of the page's style; more groups begin anew."""
-_QUIET, _RULE = "#0a0b0c", "#0a0b0d"
-_SERIES = tuple(f"#0a0c{index:02x}" for index in range(NUM_SERIES))
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text: the page's own font, and it can be searched
-    "font.family": "DejaVu Sans",  # comes with matplotlib, so that no machine warns of a missing font
-    "font.size": 8.5,
-    "axes.edgecolor": _RULE,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": _RULE,
-    "grid.linewidth": 0.7,
-    "xtick.color": _RULE,
-    "ytick.color": _RULE,
-    "xtick.labelcolor": _QUIET,
-    "ytick.labelcolor": _QUIET,
-    "xtick.major.size": 3,
-    "ytick.major.size": 0,
-    "path.simplify_threshold": 0.2,
-}
+from raysemi.report.svg import NUM_SERIES, QUIET, SERIES, STYLE, as_svg, thousands
 
 
 @dataclass(frozen=True)
@@ -71,12 +37,12 @@ def curves(lines: Sequence[Line], name: str, scale: float = 1.0, *, log: bool = 
     Returns:
         An `<svg>` element.
     """
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
+    with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(3.9, 2.1), layout="constrained")
         axes = figure.add_subplot()
         for line in lines:
             steps, mean = line.curve.steps, line.curve.mean * scale
-            colour = _SERIES[line.series % NUM_SERIES]
+            colour = SERIES[line.series % NUM_SERIES]
             few = len(steps) <= 12
             axes.plot(
                 steps,
@@ -94,17 +60,17 @@ def curves(lines: Sequence[Line], name: str, scale: float = 1.0, *, log: bool = 
                 axes.fill_between(steps, mean - width, mean + width, color=colour, alpha=0.16, linewidth=0, zorder=1)
         axes.margins(x=0.02, y=0.08)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
+        axes.xaxis.set_major_formatter(FuncFormatter(thousands))
         if log:
             axes.set_yscale("log", nonpositive="mask")
             axes.yaxis.set_minor_locator(NullLocator())
-            axes.yaxis.set_major_formatter(FuncFormatter(_thousands))
-            return _svg(figure)
+            axes.yaxis.set_major_formatter(FuncFormatter(thousands))
+            return as_svg(figure)
         axes.yaxis.set_major_locator(MaxNLocator(4))
         numbers = ScalarFormatter(useOffset=False)
         numbers.set_powerlimits((-3, 4))
         axes.yaxis.set_major_formatter(numbers)
-        return _svg(figure)
+        return as_svg(figure)
 
 
 @dataclass(frozen=True)
@@ -131,14 +97,14 @@ def histogram(bars: Sequence[Bars], name: str, span: tuple[float, float] | None 
         edges = np.logspace(low - 0.05, high + 0.05, 41)
     else:
         edges = np.linspace(*span, 41)
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
+    with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(3.9, 2.1), layout="constrained")
         axes = figure.add_subplot()
         for part in bars:
             # cosines may lie a rounding beyond 1
             counts, _ = np.histogram(np.clip(part.values, edges[0], edges[-1]), edges)
             shares = 100.0 * counts / len(part.values)
-            colour = _SERIES[part.series % NUM_SERIES]
+            colour = SERIES[part.series % NUM_SERIES]
             if not part.faint:
                 axes.stairs(shares, edges, fill=True, color=colour, alpha=0.16, linewidth=0)
             axes.stairs(
@@ -152,13 +118,13 @@ def histogram(bars: Sequence[Bars], name: str, span: tuple[float, float] | None 
             axes.set_xscale("log")
             axes.xaxis.set_minor_locator(NullLocator())
         else:
-            axes.axvline(0.0, color=_QUIET, linewidth=0.8)
+            axes.axvline(0.0, color=QUIET, linewidth=0.8)
             axes.set_xlim(*span)
             axes.xaxis.set_major_locator(MaxNLocator(4))
-        axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
+        axes.xaxis.set_major_formatter(FuncFormatter(thousands))
         axes.yaxis.set_major_locator(MaxNLocator(4))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:g} %"))
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def matrix(shares_KK: NDArray[np.float64], name: str) -> str:
@@ -168,42 +134,17 @@ def matrix(shares_KK: NDArray[np.float64], name: str) -> str:
         shares_KK: values in [0, 1], rows truth.
         name: name of the figure, unique on the page.
     """
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": name, "axes.grid": False}):
+    with mpl.rc_context({**STYLE, "svg.hashsalt": name, "axes.grid": False}):
         figure = Figure(figsize=(5.2, 5.2), layout="constrained")
         axes = figure.add_subplot()
         axes.imshow(np.sqrt(shares_KK), cmap=_shades(), vmin=0, vmax=1, interpolation="nearest")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
-        axes.set_xlabel("predicted class, by number", color=_QUIET)
-        axes.set_ylabel("true class, by number", color=_QUIET)
-        return _svg(figure)
+        axes.set_xlabel("predicted class, by number", color=QUIET)
+        axes.set_ylabel("true class, by number", color=QUIET)
+        return as_svg(figure)
 
 
 def _shades() -> LinearSegmentedColormap:
     """From nothing to blue, so that the page shows through."""
     return LinearSegmentedColormap.from_list("shades", [(0.2, 0.45, 0.8, 0.0), (0.2, 0.45, 0.8, 1.0)])
-
-
-def _thousands(value: float, position: int | None = None) -> str:
-    if abs(value) >= 10_000:
-        return f"{value / 1000:g}k"
-    return f"{value:g}"
-
-
-def _svg(figure: Figure) -> str:
-    FigureCanvasAgg(figure)
-    file = io.StringIO()
-    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    text = file.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'\s(xmlns(:\w+)?|version)="[^"]*"', "", text)
-    text = re.sub(r'<g id="[^"]*"', "<g", text)  # `axes_1` and the like would stand on the page many times
-    text = text.replace("xlink:href", "href")
-    text = re.sub(r'<svg([^>]*?)\swidth="[^"]*"', r"<svg\1", text, count=1)
-    text = re.sub(r'<svg([^>]*?)\sheight="[^"]*"', r'<svg role="img"\1', text, count=1)
-    for colour, variable in [(_QUIET, "--quiet"), (_RULE, "--rule")] + [
-        (colour, f"--series-{index}") for index, colour in enumerate(_SERIES)
-    ]:
-        text = text.replace(colour, f"var({variable})")
-    return text

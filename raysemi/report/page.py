@@ -7,20 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import yaml
 from markupsafe import Markup
 
 from raysemi.errors import CheckpointError
-from raysemi.report import figures, tables
+from raysemi.report import figures, html, tables
 from raysemi.report.pictures import comparisons
 from raysemi.report.runs import Confusion, Floats, Group, Spread, differences, group_runs, read_run
+from raysemi.report.svg import NUM_SERIES
 
 LARGEST_TABLE = 32
 """Classes of a confusion matrix that a table still shows; more become a picture."""
@@ -106,11 +105,9 @@ def build_report(runs: Sequence[str | Path], out: str | Path) -> Path:
 
 def render(groups: Sequence[Group]) -> str:
     """The page as text."""
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": _number, "duration": _duration}
-    template = environment.from_string(resources.files(__package__).joinpath("template.html").read_text("utf-8"))
     title = groups[0].name if len(groups) == 1 else " · ".join(group.name for group in groups[:4])
-    return template.render(
+    return html.render(
+        __package__,
         title=title,
         headline=_headline(groups),
         groups=groups,
@@ -123,11 +120,11 @@ def render(groups: Sequence[Group]) -> str:
         classes=_class_rows(groups),
         colours=_colours(groups),
         confusions=_confusions(groups),
-        pictures=comparisons(groups, figures.NUM_SERIES),
+        pictures=comparisons(groups, NUM_SERIES),
         skipped=_skipped(groups),
         differences=differences(groups),
         configs=[yaml.safe_dump(dict(group.runs[0].config), sort_keys=False) for group in groups],
-        num_series=figures.NUM_SERIES,
+        num_series=NUM_SERIES,
     )
 
 
@@ -138,11 +135,11 @@ def _headline(groups: Sequence[Group]) -> str:
         return "Not evaluated yet."
     scored.sort(key=lambda pair: -pair[0].mean)
     (best, group), rest = scored[0], scored[1:]
-    text = f"{group.name} reaches {_number(best)} % mIoU"
+    text = f"{group.name} reaches {html.number(best)} % mIoU"
     labeled, unlabeled = (group.spread(tables.field(name)) for name in ("labeled", "unlabeled"))
     if labeled is not None:
-        text += f" from {_number(labeled, 0)} labeled"
-        text += f" and {_number(unlabeled, 0)} unlabeled images" if unlabeled and unlabeled.mean else " images"
+        text += f" from {html.number(labeled, 0)} labeled"
+        text += f" and {html.number(unlabeled, 0)} unlabeled images" if unlabeled and unlabeled.mean else " images"
     if rest:
         supervised = [pair for pair in rest if pair[1].runs[0].method == "supervised"]
         other, rival = supervised[0] if supervised else rest[0]
@@ -166,7 +163,7 @@ def _summary(groups: Sequence[Group]) -> list[dict[str, Any]]:
         )
         rows.append(
             {
-                "series": position % figures.NUM_SERIES,
+                "series": position % NUM_SERIES,
                 "name": group.name,
                 "seeds": ", ".join(str(run.config.get("seed", 0)) for run in group.runs),
                 "values": {name: column[position] for name, column in columns.items()},
@@ -283,7 +280,7 @@ def _pseudo_by_class(groups: Sequence[Group]) -> dict[str, Any] | None:
                 )
         if rows:
             used = [any(cells[column] is not None for _, cells in rows) for column in range(len(columns))]
-            parts.append({"series": position % figures.NUM_SERIES, "name": group.name, "rows": rows, "used": used})
+            parts.append({"series": position % NUM_SERIES, "name": group.name, "rows": rows, "used": used})
     if not parts:
         return None
     shown = [any(part["used"][column] for part in parts) for column in range(len(columns))]
@@ -331,7 +328,7 @@ def _confusions(groups: Sequence[Group]) -> list[dict[str, Any]]:
         picture = None if small else Markup(figures.matrix(shares, f"confusion-{position}"))  # noqa: S704 - as above
         found.append(
             {
-                "series": position % figures.NUM_SERIES,
+                "series": position % NUM_SERIES,
                 "name": group.name,
                 "classes": confusion.classes,
                 "shares": (100 * shares).tolist() if small else None,
@@ -347,7 +344,7 @@ def _skipped(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """Corrupt samples of each run that has passed over some; of very many, the first."""
     return [
         {
-            "series": position % figures.NUM_SERIES,
+            "series": position % NUM_SERIES,
             "name": group.name,
             "seed": run.config.get("seed", 0),
             "count": len(run.skipped),
@@ -370,23 +367,3 @@ def _worst(confusion: Confusion, count: int = 5) -> list[tuple[str, str, float]]
         for i, j in pairs
         if wrong[i, j]
     ]
-
-
-def _number(spread: Spread | float | None, decimals: int = 1) -> str:
-    if spread is None:
-        return "–"
-    mean = spread.mean if isinstance(spread, Spread) else spread
-    text = f"{mean:,.{decimals}f}"
-    if isinstance(spread, Spread) and spread.deviation is not None and spread.deviation >= 0.5 * 10**-decimals:
-        text += f" ± {spread.deviation:,.{decimals}f}"
-    return text
-
-
-def _duration(spread: Spread | None) -> str:
-    if spread is None:
-        return "–"
-    seconds = round(spread.mean)
-    hours, minutes = seconds // 3600, seconds % 3600 // 60
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {seconds % 60:02d} s" if minutes else f"{seconds} s"

@@ -8,6 +8,7 @@ import numpy as np
 
 from raysemi.report import figures
 from raysemi.report.runs import Curve
+from raysemi.report.svg import NUM_SERIES
 
 
 def drawn(name="loss/total", count=2):
@@ -66,7 +67,7 @@ def test_curves_over_decades_leave_out_what_is_0():
 
 
 def test_more_groups_than_colours_begin_anew():
-    assert drawn(count=figures.NUM_SERIES + 1).count("var(--series-0)") > drawn(count=1).count("var(--series-0)")
+    assert drawn(count=NUM_SERIES + 1).count("var(--series-0)") > drawn(count=1).count("var(--series-0)")
 
 
 def test_settings_of_matplotlib_are_left_alone_and_pyplot_is_not_used():
