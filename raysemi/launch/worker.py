@@ -287,7 +287,9 @@ class _Run:
         self.guards.training(step, metrics)
         if self.progress is not None:
             self.progress.note(step)
-        seen = {"data/skipped": float(len(self.skips))} if self.config.data.on_corrupt == "skip" else {}
+        seen = {"checkpoint/age_s": self._saver.age_s()}
+        if self.config.data.on_corrupt == "skip":
+            seen["data/skipped"] = float(len(self.skips))
         for name, found in self._passes(step).items():
             seen[f"data/{name}_passes"] = step * self._batches[name] / self.pools[name].num_samples
             if len(found) > 1:
