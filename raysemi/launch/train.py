@@ -21,6 +21,7 @@ from raysemi.engine import distributed
 from raysemi.errors import CheckpointFailure, DataError, DataFailure, RaysemiError
 from raysemi.launch.board import Board, OnLog, ToBoard, post_fault, relay
 from raysemi.launch.cluster import Cluster, connected, ctrl_c_wins, refuse_relative_paths, worker_resources
+from raysemi.launch.logs import stand
 from raysemi.launch.metrics import Exporter
 from raysemi.launch.restore import open_pools, refuse_another_run
 from raysemi.launch.stop import Stopped, Terminated, sigterm
@@ -49,6 +50,7 @@ def launch(config: RunConfig, on_log: OnLog | None = None) -> dict[str, Any]:
         RaysemiError: workers failed more often than `ray.max_failures` allows.
         KeyboardInterrupt: after Ctrl-C; the run folder holds the last checkpoint.
     """
+    stand(run=config.run, rank=None, step=None)
     if isinstance(config.ray, RayConfig):
         if config.ray.address is None and "RAY_ADDRESS" not in os.environ:
             # Workers look too; but they take a while to start, and a mistake should be told at once.
@@ -201,6 +203,7 @@ class _Reached:
 
     def __call__(self, step: int, metrics: dict[str, float]) -> None:
         self.step = max(self.step, step)
+        stand(step=step)
         self.exporter.note(step, metrics)
         if self._on_log is not None:
             self._on_log(step, metrics)

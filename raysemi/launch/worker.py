@@ -28,6 +28,7 @@ from raysemi.engine.saver import Saver
 from raysemi.engine.trainer import Hooks, Trainer, resolve_period
 from raysemi.engine.watchdog import Watchdog
 from raysemi.errors import CheckpointError, RaysemiError
+from raysemi.launch.logs import stand
 from raysemi.launch.progress import Progress
 from raysemi.launch.restore import build, open_pools, refuse_another_run
 from raysemi.launch.room import one_line_without_room, tell_footprint
@@ -66,6 +67,7 @@ def run(
         Stopped: a KeyboardInterrupt; after Ctrl-C, SIGTERM or when `asked`, with a checkpoint written.
     """
     across = distributed.join(config.train.hang_after_s)
+    stand(run=config.run, rank=across.rank, step=None)
     device = distributed.local_device(accelerator=config.ray == "none" or config.ray.use_gpu is not False)
     check_world(config, across.world, gpu=device.type == "cuda")
     way = "Use a smaller network, or train.strategy=deepspeed on several ranks"
@@ -138,6 +140,7 @@ class _Run:
     def go(self) -> dict[str, Any]:
         saver = self._saver = self._resume()
         config, trainer = self.config, self.trainer
+        stand(step=trainer.step)
         until = min(config.train.steps, config.train.stop_at or config.train.steps)
         if self.across.rank == 0:
             self.record = Record(self.folder, trainer.step)
@@ -169,6 +172,7 @@ class _Run:
 
         def should_stop() -> bool:
             self.watchdog.beat(self.trainer.step)
+            stand(step=self.trainer.step)
             if self.progress is not None and (lost := self.progress.first_step()) is not None:
                 message = "went on %.1f s after the last step before; %d steps were lost and are done again"
                 _log.info(message, lost.seconds, lost.steps)
