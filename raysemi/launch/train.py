@@ -18,7 +18,7 @@ from typing import Any
 from raysemi import config_io
 from raysemi.config import RayConfig, RunConfig, check_world, fitting_workers
 from raysemi.engine import distributed
-from raysemi.errors import CheckpointFailure, DataError, DataFailure, RaysemiError
+from raysemi.errors import CheckpointFailure, ConfigError, DataError, DataFailure, RaysemiError
 from raysemi.launch.board import Board, OnLog, ToBoard, post_fault, relay
 from raysemi.launch.cluster import Cluster, connected, ctrl_c_wins, refuse_relative_paths, worker_resources
 from raysemi.launch.logs import stand
@@ -51,6 +51,8 @@ def launch(config: RunConfig, on_log: OnLog | None = None) -> dict[str, Any]:
         KeyboardInterrupt: after Ctrl-C; the run folder holds the last checkpoint.
     """
     stand(run=config.run, rank=None, step=None)
+    if faults := config.log.faults():
+        raise ConfigError(faults)
     if isinstance(config.ray, RayConfig):
         if config.ray.address is None and "RAY_ADDRESS" not in os.environ:
             # Workers look too; but they take a while to start, and a mistake should be told at once.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from raysemi.engine.guards import Guards
 from raysemi.engine.measure import Look, Panels, PseudoQuality, look, unlabeled_panels, val_panels
 from raysemi.engine.record import Record
 from raysemi.engine.saver import Saver
+from raysemi.engine.trackers import Trackers
 from raysemi.engine.trainer import Hooks, Trainer, resolve_period
 from raysemi.engine.watchdog import Watchdog
 from raysemi.errors import CheckpointError, RaysemiError
@@ -128,6 +130,7 @@ class _Run:
         )  # fmt: skip
         self.seconds = 0.0
         self.record: Record | None = None
+        self.trackers: Trackers | None = None
         self.progress: Progress | None = None
         self.guards: Guards
         self._saver: Saver
@@ -149,7 +152,7 @@ class _Run:
         self.guards = Guards(config.train.guards, trainer.step, config.train.steps, warn)
         if trainer.step < until:
             self._announce_passes()
-            with graceful_stop() as signalled, saver:
+            with self._tracked(), graceful_stop() as signalled, saver:
                 hooks = Hooks(
                     self._log_training, self._evaluate, self._save, self._should_stop_after(signalled), self._sample
                 )
@@ -165,6 +168,18 @@ class _Run:
             self.progress.end(trainer.step)
         distributed.barrier(self.across)
         return self.result
+
+    @contextmanager
+    def _tracked(self) -> Iterator[None]:
+        """Tells the trackers that the config asks for how this launch ended, however that is."""
+        if self.across.rank != 0:
+            yield
+            return
+        self.trackers = Trackers(self.config.log, self.folder, self.config.model_dump(mode="json"))
+        try:
+            yield
+        finally:
+            self.trackers.end(self.result, finished=self.trainer.step == self.config.train.steps)
 
     def _should_stop_after(self, signalled: Callable[[], bool]) -> Callable[[], bool]:
         """What the trainer asks after each step."""
@@ -308,6 +323,8 @@ class _Run:
             _log.warning(message, "unlabeled" if self.boxes is None else "detector")
         if self.record is not None:
             self.record.write(step, metrics)
+        if self.trackers is not None:
+            self.trackers.write(step, metrics)
         if self.on_log is not None:
             self.on_log(step, metrics)
 
