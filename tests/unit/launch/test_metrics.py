@@ -156,6 +156,17 @@ def test_every_alert_says_what_to_do_and_is_tested() -> None:
         assert True in heard[rule["alert"]]
 
 
+def test_the_docs_have_each_metric_with_its_meaning_and_each_alert() -> None:
+    page = (ROOT / "docs/observability.md").read_text(encoding="utf-8")
+    rows = {
+        f"| `ray_{name}` |{f' `{metric.label}` ' if metric.label else ' '}| {metric.meaning} |"
+        for name, metric in METRICS.items()
+    }
+    assert rows == {line for line in page.splitlines() if line.startswith("| `ray_")}
+    alerts = {rule["alert"] for rule in yaml.safe_load(RULES.read_text(encoding="utf-8"))["groups"][0]["rules"]}
+    assert alerts == {line.split("`")[1] for line in page.splitlines() if line.startswith("| `Raysemi")}
+
+
 @needs_promtool
 def test_the_rules_fire_as_they_should() -> None:
     done = subprocess.run(
