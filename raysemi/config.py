@@ -19,6 +19,7 @@ from raysemi.data.mixture import shares
 from raysemi.engine.evaluate import EvalConfig
 from raysemi.engine.gradients import GradientsConfig
 from raysemi.engine.optim import OptimConfig
+from raysemi.engine.trackers import LogConfig
 from raysemi.engine.trainer import TrainConfig
 from raysemi.engine.zero import missing
 from raysemi.engine.zero_config import ZeroConfig
@@ -108,6 +109,8 @@ class RunConfig(Config):
     """Optimizer and schedule."""
     eval: EvalConfig = EvalConfig()
     """Evaluation."""
+    log: LogConfig = LogConfig()
+    """Trackers that a run tells its numbers."""
     ray: AnyRayConfig = RayConfig()
     """Ray's workers; `none`: this process, or the ranks that torchrun started."""
 

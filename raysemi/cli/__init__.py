@@ -15,7 +15,7 @@ import typer
 from raysemi import __version__
 from raysemi.cli import about, bench, checkpoint, data, detect, runs, tune
 from raysemi.cli.exits import Commands
-from raysemi.launch.terminal import log_to_stderr
+from raysemi.launch.logs import log_to_stderr
 
 app = typer.Typer(
     cls=Commands,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import logging
 import sys
 from typing import Any
 
 import typer
 
 from raysemi.errors import CheckpointError, CheckpointFailure, ConfigError, DataError, DataFailure, RaysemiError
+from raysemi.launch import logs
 
 MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130
 """Exit codes: the user's mistake, a failure, Ctrl-C."""
@@ -25,12 +27,25 @@ class Commands(typer.core.TyperGroup):
             return super().invoke(ctx)
         except RaysemiError as error:
             for line in str(error).splitlines():
-                typer.secho(f"error: {line}", err=True, fg="red" if sys.stderr.isatty() else None)
+                _complain(line)
             raise typer.Exit(exit_code(error)) from error
         except KeyboardInterrupt as error:
             next_time = "goes on with what is finished" if ctx.invoked_subcommand in GOES_ON else "begins anew"
-            typer.echo(f"\nstopped. {str(error) or f'The same command {next_time}.'}", err=True)
+            if sys.stderr.isatty():
+                typer.echo(err=True)  # the line of ^C
+            logs.say(f"stopped. {str(error) or f'The same command {next_time}.'}", logging.WARNING)
             raise typer.Exit(INTERRUPTED) from error
+
+
+def _complain(line: str) -> None:
+    try:
+        as_json = logs.as_json()
+    except ConfigError:  # this is what is to be told
+        as_json = False
+    if as_json:
+        logs.say(line, logging.ERROR)
+    else:
+        typer.secho(f"error: {line}", err=True, fg="red" if sys.stderr.isatty() else None)
 
 
 def exit_code(error: RaysemiError) -> int:

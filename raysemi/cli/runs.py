@@ -10,6 +10,7 @@ import typer
 
 from raysemi.cli.options import Best, Json, Overrides, Run, Settings
 from raysemi.errors import ConfigError
+from raysemi.launch import logs
 from raysemi.launch.terminal import Bar, is_first_rank, print_results, print_table, train_with_progress
 
 
@@ -37,7 +38,11 @@ def train(
 
     config = config_io.load(recipe, overrides or [])
     result = train_with_progress(config)
-    if is_first_rank():
+    if not is_first_rank():
+        return
+    if logs.as_json():
+        logs.say("ended", result=result)
+    else:
         print_results({config.run: result})
 
 

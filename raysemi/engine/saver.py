@@ -63,6 +63,7 @@ class Saver:
     def __init__(self, folder: RunFolder, across: AcrossRanks, device: torch.device, keep: int) -> None:
         self._folder, self._across, self._device, self._keep = folder, across, device, keep
         self._job: _Job | None = None
+        self._whole_at = time.monotonic()
         token = secrets.token_hex(4)
         fault = ""
         if across.rank == 0:
@@ -113,6 +114,11 @@ class Saver:
             if float(self._across.max(failed)):
                 self.wait()
 
+    def age_s(self) -> float:
+        """Seconds since the newest checkpoint of this process was whole, or since it began; of use on rank 0."""
+        whole_at = None if self._job is None else self._job.whole_at
+        return time.monotonic() - (whole_at or self._whole_at)
+
     def wait(self) -> None:
         """Waits until the checkpoint under way is finished.
 
@@ -127,6 +133,7 @@ class Saver:
         job.seen_by = time.monotonic() + _SEEN_S  # every rank has written
         job.join()
         self._raise_together(job)
+        self._whole_at = job.whole_at or self._whole_at
 
     def _raise_together(self, job: _Job) -> None:
         """Raises on all ranks when the job of any has failed by now."""
@@ -136,7 +143,7 @@ class Saver:
             job.stop.set()
             job.join()
             distributed.barrier(self._across)  # nobody writes there any more
-            if self._across.rank == 0 and not job.committed:
+            if self._across.rank == 0 and job.whole_at is None:
                 discard(self._folder, job.place)
             kind, _, text = told[0].partition(": ")
             raise error or getattr(errors, kind, CheckpointError)(text)
@@ -172,7 +179,8 @@ class _Job(threading.Thread):
         self._share, self._copied, self._keep, self._best = share, copied, keep, best
         self.place = place
         self.error: Exception | None = None
-        self.committed = False
+        self.whole_at: float | None = None
+        """Monotonic seconds at which rank 0 had committed it."""
         self.written = threading.Event()
         """This rank's shards are written, or it has failed."""
         self.stop = threading.Event()
@@ -192,7 +200,7 @@ class _Job(threading.Thread):
             self.written.set()
             if self._notes(files):
                 commit(self._folder, self.place, self._share.step, self._world, files)
-                self.committed = True
+                self.whole_at = time.monotonic()
                 if self._best is not None:
                     mark_best(self._folder, self._share.step, self._best)
                 keep_newest(self._folder, self._keep, self._share.step)

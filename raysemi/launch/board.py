@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from raysemi.errors import RaysemiError
+from raysemi.launch.logs import portable
 
 _log = logging.getLogger(__name__)
 OnLog = Callable[[int, dict[str, float]], None]
@@ -28,7 +29,9 @@ class Board:
     def ask(self, reason: str) -> None:
         """Asks the workers to save and end."""
         if self._asked is None:
-            self._items.append(("message", logging.INFO, f"the workers save and end: {reason}"))
+            text = f"the workers save and end: {reason}"
+            fields = {"name": __name__, "levelno": logging.INFO, "levelname": "INFO", "msg": text}
+            self._items.append(("message", fields))
         self._asked = reason
 
     def asked(self) -> bool:
@@ -44,7 +47,7 @@ class Board:
         return self._workers
 
     def put(self, *item: Any) -> None:
-        """Adds an item: `metrics, step, values`, `message, level, text` or `fault, error, cause`."""
+        """Adds an item: `metrics, step, values`, `message, record` or `fault, error, cause`."""
         self._items.append(item)
 
     def take(self) -> list[tuple[Any, ...]]:
@@ -63,7 +66,9 @@ def relay(items: list[tuple[Any, ...]], on_log: OnLog | None) -> None:
         if kind == "metrics" and on_log is not None:
             on_log(*content)
         elif kind == "message":
-            _log.log(*content)
+            record = logging.makeLogRecord(*content)
+            if _log.isEnabledFor(record.levelno):
+                logging.getLogger(record.name).handle(record)
         elif kind == "fault":
             error, cause = content
             raise error from cause
@@ -88,8 +93,7 @@ class ToBoard(logging.Handler):
     def __init__(self, board: Any, rank: int) -> None:
         super().__init__(logging.INFO if rank == 0 else logging.WARNING)
         self._board = board
-        self._prefix = f"rank {rank}: " if rank else ""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Sends a line."""
-        self._board.put.remote("message", record.levelno, self._prefix + record.getMessage())
+        self._board.put.remote("message", portable(record))

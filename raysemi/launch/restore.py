@@ -141,6 +141,7 @@ def _boxes(weighting: NoWeightingConfig | RankWeightingConfig, unlabeled: AnyPoo
 
 MAY_CHANGE = (
     "run",
+    "log.",
     "ray.",
     "train.stop_at",
     "train.log_every",

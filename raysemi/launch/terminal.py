@@ -1,8 +1,7 @@
-"""What a person sees: a bar with rate and time left on a terminal, plain lines elsewhere; logs; tables of results."""
+"""What a person sees: a bar with rate and time left on a terminal, plain lines elsewhere; tables of results."""
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import time
@@ -10,27 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from raysemi.launch import logs
+
 if TYPE_CHECKING:
     from raysemi.config import RunConfig
     from raysemi.engine.detect import DetectConfig
 
 _LINE_EVERY_S = 10.0
 """Seconds between two plain lines of a bar that has no terminal."""
-
-
-def log_to_stderr(level: int = logging.INFO) -> None:
-    """Sends raysemi's log lines to the terminal."""
-    logger = logging.getLogger("raysemi")
-    logger.setLevel(level)
-    if not any(isinstance(handler, _Stderr) for handler in logger.handlers):
-        logger.addHandler(_Stderr())
-
-
-class _Stderr(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        # Looked up each time: a bar on the terminal puts its own stream in place, or lines would tear it.
-        prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        print(f"{prefix}{record.getMessage()}", file=sys.stderr, flush=True)
 
 
 def is_first_rank() -> bool:
@@ -146,7 +132,7 @@ class TrainingProgress:
         """Steps done, as far as reported."""
 
     def __enter__(self) -> TrainingProgress:
-        if not self._quiet and sys.stderr.isatty():
+        if not self._quiet and _has_bars():
             from rich import progress
 
             self._bar = progress.Progress(
@@ -174,12 +160,12 @@ class TrainingProgress:
             return
         if "eval/miou" in metrics:
             text = f"mIoU {metrics['eval/miou']:.1f} %  pixel accuracy {metrics['eval/pixel_accuracy']:.1f} %"
-            print(f"step {step}/{self._steps}  evaluation  {text}", file=sys.stderr, flush=True)
+            logs.say(f"step {step}/{self._steps}  evaluation  {text}", rank=0, step=step, metrics=metrics)
         elif self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=numbers(metrics))
         else:
             line = f"step {step}/{self._steps}  {numbers(metrics)}{self._left(step)}"
-            print(line, file=sys.stderr, flush=True)
+            logs.say(line, rank=0, step=step, metrics=metrics)
 
     def _left(self, step: int) -> str:
         now = time.monotonic()
@@ -219,7 +205,7 @@ class Bar:
         self._start = self._shown = time.monotonic()
 
     def __enter__(self) -> Bar:
-        if sys.stderr.isatty() and is_first_rank():
+        if _has_bars() and is_first_rank():
             from rich import progress
 
             columns = (progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeRemainingColumn())
@@ -245,7 +231,11 @@ class Bar:
         if done == total or now - self._shown >= _LINE_EVERY_S:
             self._shown = now
             rate = done / max(now - self._start, 1e-9)
-            print(f"{self._what} {done}/{total}  {rate:.1f}/s", file=sys.stderr, flush=True)
+            logs.say(f"{self._what} {done}/{total}  {rate:.1f}/s")
+
+
+def _has_bars() -> bool:
+    return sys.stderr.isatty() and not logs.as_json()
 
 
 def _stderr_console() -> Any:

@@ -18,9 +18,11 @@ from typing import Any
 from raysemi import config_io
 from raysemi.config import RayConfig, RunConfig, check_world, fitting_workers
 from raysemi.engine import distributed
-from raysemi.errors import CheckpointFailure, DataError, DataFailure, RaysemiError
+from raysemi.errors import CheckpointFailure, ConfigError, DataError, DataFailure, RaysemiError
 from raysemi.launch.board import Board, OnLog, ToBoard, post_fault, relay
 from raysemi.launch.cluster import Cluster, connected, ctrl_c_wins, refuse_relative_paths, worker_resources
+from raysemi.launch.logs import stand
+from raysemi.launch.metrics import Exporter
 from raysemi.launch.restore import open_pools, refuse_another_run
 from raysemi.launch.stop import Stopped, Terminated, sigterm
 
@@ -48,6 +50,9 @@ def launch(config: RunConfig, on_log: OnLog | None = None) -> dict[str, Any]:
         RaysemiError: workers failed more often than `ray.max_failures` allows.
         KeyboardInterrupt: after Ctrl-C; the run folder holds the last checkpoint.
     """
+    stand(run=config.run, rank=None, step=None)
+    if faults := config.log.faults():
+        raise ConfigError(faults)
     if isinstance(config.ray, RayConfig):
         if config.ray.address is None and "RAY_ADDRESS" not in os.environ:
             # Workers look too; but they take a while to start, and a mistake should be told at once.
@@ -73,7 +78,7 @@ def _on_ray(config: RunConfig, settings: RayConfig, on_log: OnLog | None, presse
         settings = settings.model_copy(update={"use_gpu": gpu, "cpus_per_worker": cpus})
         config = config.model_copy(update={"ray": settings})
         work = {"config": config_io.dump(config), "folder": str(Path.cwd()), "watched": not cluster.own}
-        reached, budget = _Reached(on_log), Budget(settings.max_failures)
+        reached, budget = _Reached(Exporter(config), on_log), Budget(settings.max_failures)
         with sigterm() as terminated:
             while True:
                 board = _board()
@@ -91,6 +96,7 @@ def _on_ray(config: RunConfig, settings: RayConfig, on_log: OnLog | None, presse
                     left = budget.spend(reached.step, free=taken_back(outcome.error))
                     if left < 0:
                         raise
+                    reached.exporter.restarted()
                     _log.warning("%s Starting again; %d more times at most without getting further.", error, left)
 
 
@@ -120,6 +126,7 @@ def _follow(
     try:
         while not outcome.ended.is_set():
             relay(ray.get(board.take.remote()), reached)
+            reached.exporter.refresh()
             if pressed.is_set() or terminated.late:
                 raise KeyboardInterrupt
             if terminated.since is not None and not asked:
@@ -189,14 +196,17 @@ class Budget:
 
 
 class _Reached:
-    """Hands metrics on, and remembers the furthest step."""
+    """Hands metrics on, to Prometheus too, and remembers the furthest step."""
 
-    def __init__(self, on_log: OnLog | None) -> None:
+    def __init__(self, exporter: Exporter, on_log: OnLog | None) -> None:
+        self.exporter = exporter
         self._on_log = on_log
         self.step = 0
 
     def __call__(self, step: int, metrics: dict[str, float]) -> None:
         self.step = max(self.step, step)
+        stand(step=step)
+        self.exporter.note(step, metrics)
         if self._on_log is not None:
             self._on_log(step, metrics)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,9 +26,11 @@ from raysemi.engine.guards import Guards
 from raysemi.engine.measure import Look, Panels, PseudoQuality, look, unlabeled_panels, val_panels
 from raysemi.engine.record import Record
 from raysemi.engine.saver import Saver
+from raysemi.engine.trackers import Trackers
 from raysemi.engine.trainer import Hooks, Trainer, resolve_period
 from raysemi.engine.watchdog import Watchdog
 from raysemi.errors import CheckpointError, RaysemiError
+from raysemi.launch.logs import stand
 from raysemi.launch.progress import Progress
 from raysemi.launch.restore import build, open_pools, refuse_another_run
 from raysemi.launch.room import one_line_without_room, tell_footprint
@@ -66,6 +69,7 @@ def run(
         Stopped: a KeyboardInterrupt; after Ctrl-C, SIGTERM or when `asked`, with a checkpoint written.
     """
     across = distributed.join(config.train.hang_after_s)
+    stand(run=config.run, rank=across.rank, step=None)
     device = distributed.local_device(accelerator=config.ray == "none" or config.ray.use_gpu is not False)
     check_world(config, across.world, gpu=device.type == "cuda")
     way = "Use a smaller network, or train.strategy=deepspeed on several ranks"
@@ -126,6 +130,7 @@ class _Run:
         )  # fmt: skip
         self.seconds = 0.0
         self.record: Record | None = None
+        self.trackers: Trackers | None = None
         self.progress: Progress | None = None
         self.guards: Guards
         self._saver: Saver
@@ -138,6 +143,7 @@ class _Run:
     def go(self) -> dict[str, Any]:
         saver = self._saver = self._resume()
         config, trainer = self.config, self.trainer
+        stand(step=trainer.step)
         until = min(config.train.steps, config.train.stop_at or config.train.steps)
         if self.across.rank == 0:
             self.record = Record(self.folder, trainer.step)
@@ -146,7 +152,7 @@ class _Run:
         self.guards = Guards(config.train.guards, trainer.step, config.train.steps, warn)
         if trainer.step < until:
             self._announce_passes()
-            with graceful_stop() as signalled, saver:
+            with self._tracked(), graceful_stop() as signalled, saver:
                 hooks = Hooks(
                     self._log_training, self._evaluate, self._save, self._should_stop_after(signalled), self._sample
                 )
@@ -163,12 +169,25 @@ class _Run:
         distributed.barrier(self.across)
         return self.result
 
+    @contextmanager
+    def _tracked(self) -> Iterator[None]:
+        """Tells the trackers that the config asks for how this launch ended, however that is."""
+        if self.across.rank != 0:
+            yield
+            return
+        self.trackers = Trackers(self.config.log, self.folder, self.config.model_dump(mode="json"))
+        try:
+            yield
+        finally:
+            self.trackers.end(self.result, finished=self.trainer.step == self.config.train.steps)
+
     def _should_stop_after(self, signalled: Callable[[], bool]) -> Callable[[], bool]:
         """What the trainer asks after each step."""
         vote = StopVote(self.across, self.trainer.device, signalled, self.asked)
 
         def should_stop() -> bool:
             self.watchdog.beat(self.trainer.step)
+            stand(step=self.trainer.step)
             if self.progress is not None and (lost := self.progress.first_step()) is not None:
                 message = "went on %.1f s after the last step before; %d steps were lost and are done again"
                 _log.info(message, lost.seconds, lost.steps)
@@ -287,7 +306,9 @@ class _Run:
         self.guards.training(step, metrics)
         if self.progress is not None:
             self.progress.note(step)
-        seen = {"data/skipped": float(len(self.skips))} if self.config.data.on_corrupt == "skip" else {}
+        seen = {"checkpoint/age_s": self._saver.age_s()}
+        if self.config.data.on_corrupt == "skip":
+            seen["data/skipped"] = float(len(self.skips))
         for name, found in self._passes(step).items():
             seen[f"data/{name}_passes"] = step * self._batches[name] / self.pools[name].num_samples
             if len(found) > 1:
@@ -302,6 +323,8 @@ class _Run:
             _log.warning(message, "unlabeled" if self.boxes is None else "detector")
         if self.record is not None:
             self.record.write(step, metrics)
+        if self.trackers is not None:
+            self.trackers.write(step, metrics)
         if self.on_log is not None:
             self.on_log(step, metrics)
 

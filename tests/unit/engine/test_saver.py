@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,19 @@ def test_what_is_written_is_the_state_of_its_step(tmp_path):
         assert loaded["optimizer"]["weight/momentum"].unique().tolist() == [-step]
     assert retention.best_step(folder) == 2
     assert folder.names("checkpoints") == ["step-000001", "step-000002", "step-000003"]
+
+
+def test_the_age_of_a_checkpoint_counts_from_when_it_was_whole(tmp_path):
+    with Saver(RunFolder(tmp_path), SingleRank(), CPU, keep=1) as saver:
+        time.sleep(0.3)
+        assert 0.3 <= saver.age_s() < 60
+        began = time.monotonic()
+        saver.save(snapshot(1))
+        saver._job.join(30)
+        assert saver.age_s() <= time.monotonic() - began  # told before the next save, too
+        saver.wait()
+        time.sleep(0.1)
+        assert 0.1 <= saver.age_s() <= time.monotonic() - began
 
 
 def test_a_full_disk_stops_the_run_at_the_next_log_line(tmp_path):

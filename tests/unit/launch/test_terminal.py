@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 
 import pytest
@@ -64,16 +63,3 @@ def test_results(capsys: pytest.CaptureFixture[str]) -> None:
     assert "sky" in capsys.readouterr().out
     terminal.print_results({"runs/b": {}})
     assert "no evaluation yet" in capsys.readouterr().out
-
-
-def test_log_lines_follow_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    logger = logging.getLogger("raysemi")
-    handlers = list(logger.handlers)
-    terminal.log_to_stderr()
-    terminal.log_to_stderr()
-    try:
-        logging.getLogger("raysemi.anything").warning("few %s", "periods")
-        logging.getLogger("raysemi.anything").info("going on")
-        assert capsys.readouterr().err == "warning: few periods\ngoing on\n"
-    finally:
-        logger.handlers[:] = handlers
