@@ -56,7 +56,7 @@ def connected(config: RayConfig) -> Iterator[Cluster]:
     address = config.address or os.environ.get("RAY_ADDRESS")
     own = address in (None, "", "local")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    _set_authentication(own)
+    set_authentication(own)
     import ray
 
     if ray.is_initialized():
@@ -177,7 +177,8 @@ def _cpus_per_worker(config: RayConfig, own: bool) -> int:
     return max(1, cores() // config.max_workers) if own else 1
 
 
-def _set_authentication(own: bool) -> None:
+def set_authentication(own: bool) -> None:
+    """Says to Ray how it finds the token, before it is asked anything; `own`: of a cluster that this process starts."""
     # Said explicitly, since Ray's own default depends on its version and on how the cluster is reached.
     if "RAY_AUTH_MODE" in os.environ:
         return
