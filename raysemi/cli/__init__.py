@@ -8,14 +8,16 @@ is instant.
 from __future__ import annotations
 
 import logging
+import os
 from typing import Annotated
 
 import typer
 
 from raysemi import __version__
-from raysemi.cli import about, bench, checkpoint, data, detect, runs, tune
+from raysemi.cli import about, bench, checkpoint, data, detect, runs, submit, tune
 from raysemi.cli.exits import Commands
 from raysemi.launch.logs import log_to_stderr
+from raysemi.launch.terminal import is_first_rank
 
 app = typer.Typer(
     cls=Commands,
@@ -39,6 +41,7 @@ for verb in (
     about.methods,
     about.doctor,
     runs.demo,
+    submit.submit,
 ):
     app.command()(verb)
 app.add_typer(bench.app, name="bench")
@@ -61,3 +64,7 @@ def _root(
         typer.echo(__version__)
         raise typer.Exit
     log_to_stderr(logging.DEBUG if verbose else logging.INFO)
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and is_first_rank():  # a job of Ray's started this process
+        from raysemi.launch.job import say_which_raysemi_runs
+
+        say_which_raysemi_runs()

@@ -63,7 +63,7 @@ def connected(config: RayConfig, *, dashboard: bool = False) -> Iterator[Cluster
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         yield Cluster(own=False, here=_single_node())
         return
-    _set_authentication(own)
+    set_authentication(own)
     import ray
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -181,7 +181,8 @@ def _cpus_per_worker(config: RayConfig, own: bool) -> int:
     return max(1, cores() // config.max_workers) if own else 1
 
 
-def _set_authentication(own: bool) -> None:
+def set_authentication(own: bool) -> None:
+    """Says to Ray how it finds the token, before it is asked anything; `own`: of a cluster that this process starts."""
     # Said explicitly, since Ray's own default depends on its version and on how the cluster is reached.
     if "RAY_AUTH_MODE" in os.environ:
         return

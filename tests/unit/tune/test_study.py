@@ -14,8 +14,8 @@ from sweeps import write_sweep
 from raysemi.errors import ConfigError
 from raysemi.tune import spaces, sweep
 from raysemi.tune.search import Search, scheduler
-from raysemi.tune.study import Study, Trial, best_of, is_driven, only_driver, read
 from raysemi.tune.spaces import Cell, Draw
+from raysemi.tune.study import Study, Trial, best_of, is_driven, only_driver, read
 from raysemi.tune.winner import write_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray's own code
