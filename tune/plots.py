@@ -34,8 +34,8 @@ def history(trials: Sequence[Trial], series: Series, finished: Sequence[Trial]) 
 
 
 _BY_TRIAL = (
-    "full: finished, hollow: pruned, at its last evaluation, triangle: not at its end, ×: failed; line: the best so far "
-    "of the finished ones"
+    "full: finished, hollow: pruned, at its last evaluation, triangle: not at its end, ×: failed; line: the best so "
+    "far of the finished ones"
 )
 _BY_STEP = "solid: finished, the best one thick; dashed to a circle: not finished"
 

@@ -91,7 +91,7 @@ class Search(OptunaSearch):
         if result and not error:
             self.on_trial_result(trial_id, result)
         trial.set_user_attr("seconds", trial.user_attrs.get("seconds", 0.0) + time.time() - self._begun[trial_id])
-        values = [result.get(objective) for objective in self._study.objectives]
+        values: list[Any] = [result.get(objective) for objective in self._study.objectives]
         sound = all(value is not None and math.isfinite(value) for value in values)
         reason = result.get("failed")
         if error:

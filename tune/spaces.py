@@ -229,7 +229,7 @@ def build(sweep: SweepConfig, *, tried: bool = True) -> Space:
         configs.append(config)
         bases[cell] = config_io.leaves(config)
     if faults:
-        raise ConfigError(dict.fromkeys(faults))
+        raise ConfigError(list(dict.fromkeys(faults)))
     if not bases:
         raise ConfigError(
             f"weightings and gradients must go with one of the methods; got {', '.join(sweep.weightings)} and "
@@ -258,7 +258,7 @@ def build(sweep: SweepConfig, *, tried: bool = True) -> Space:
     faults += _refused_values(space, ray) if tried and not faults else []
     faults += _refused_draws(space, sweep, ray) if tried and not faults else []
     if faults:
-        raise ConfigError(dict.fromkeys(faults))
+        raise ConfigError(list(dict.fromkeys(faults)))
     return space
 
 
@@ -300,7 +300,7 @@ def _cells(sweep: SweepConfig) -> list[Cell]:
             if weighting in about["weighting"] and rule in about["gradients"]:
                 found[Cell(method, weighting, rule)] = None
     for row in sweep.rows:
-        found[Space(sweep.recipes, {}, dict.fromkeys(found, {}), ()).row(row)[0]] = None
+        found[Space(sweep.recipes, {}, {cell: {} for cell in found}, ()).row(row)[0]] = None
     return list(found)
 
 
@@ -319,7 +319,7 @@ def _parameters(name: str, given: str | Range, bases: Mapping[Cell, Mapping[str,
                 f"space.{name} must be a setting of a method of this sweep ({', '.join(methods)}); got one that none "
                 f"has. {guess}"
             )
-        faults = []
+        faults: list[str] = []
         for method, found in having.items():
             cells = tuple(cell for cell in bases if cell.method == method)
             try:
@@ -327,7 +327,7 @@ def _parameters(name: str, given: str | Range, bases: Mapping[Cell, Mapping[str,
             except ConfigError as error:
                 faults += error.faults
         if faults and (len(faults) == len(having) or given != "declared"):
-            raise ConfigError(dict.fromkeys(faults))
+            raise ConfigError(list(dict.fromkeys(faults)))
         return
     if head in ("weighting", "gradients"):
         cells = tuple(cell for cell in bases if getattr(cell, head) not in ("none", "uniform") and name in bases[cell])

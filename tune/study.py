@@ -1,4 +1,4 @@
-"""What a sweep has tried: Optuna studies in a database, written at each change, so that no death loses more than a line.
+"""What a sweep has tried: Optuna studies in a database, written at each change, so that a death loses a line at most.
 
 A sweep has two studies: its trials, and the best ones' repeats on new seeds. A trial that was running when its driver
 died is taken up again under its own number, from its own run folder.
@@ -81,7 +81,7 @@ class Study:
         self.space = space
         self.folder = folder
         self.name = name
-        self.objectives = list(sweep.objectives) if name == "trials" else ["miou"]
+        self.objectives: list[str] = list(sweep.objectives) if name == "trials" else ["miou"]
         self.optuna = optuna.create_study(
             storage=open_storage(sweep, folder),
             study_name=study_name(folder, name),
@@ -248,8 +248,8 @@ def only_driver(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ConfigError(
-                f"--out must be the folder of a sweep that nobody else runs; got {folder}, whose driver is alive. Wait, "
-                f"or look at it: raysemi tune show {folder}"
+                f"--out must be the folder of a sweep that nobody else runs; got {folder}, whose driver is alive. Wait, or "
+                f"look at it: raysemi tune show {folder}"
             ) from error
         yield
 

@@ -51,7 +51,7 @@ class Row(Config):
 
     label: str
     """As in the table."""
-    set: dict[str, Any] = {}
+    set: dict[str, Any] = Field(default_factory=dict)
     """Dotted path -> value; `method`, `weighting` and `gradients` may be words."""
     published: float | None = None
     """mIoU that the paper reports, percent."""
@@ -69,8 +69,8 @@ class SearchConfig(Config):
     seed: int = Field(0, ge=0)
     """Of the draws."""
     defaults_first: bool = True
-    """The first trials are the recipes as they are, one a method, weighting and gradient rule, while they are at most half of
-    all trials."""
+    """The first trials are the recipes as they are, one a method, weighting and gradient rule, while they are at most half
+    of all trials."""
 
 
 class PruneConfig(Config):
@@ -132,12 +132,12 @@ class SweepConfig(Config):
     """Of each method those that go with it."""
     gradients: list[str] = Field(["uniform"], min_length=1)
     """Gradient rules, likewise."""
-    set: dict[str, Any] = {}
+    set: dict[str, Any] = Field(default_factory=dict)
     """Dotted path -> value: settings of every trial."""
-    space: dict[str, Literal["declared"] | Range] = {}
+    space: dict[str, Literal["declared"] | Range] = Field(default_factory=dict)
     """Parameter -> its range; `declared`: the range that the component itself declares (`raysemi methods METHOD`).
     `method.X` is X of every method that has it, `METHOD.X` of one; any other setting needs a range."""
-    rows: list[Row] = []
+    rows: list[Row] = Field(default_factory=list)
     """grid: the lines of a table."""
     seeds: list[int] = Field([0], min_length=1)
     """Seeds of the trials, in turn; a grid runs each row with each."""

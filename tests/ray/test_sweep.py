@@ -1,4 +1,4 @@
-"""A sweep on a real Ray cluster whose driver and trials are killed: every trial ends once, and nothing is left behind."""
+"""A sweep on a real Ray cluster whose driver and trials are killed: every trial ends once, nothing is left behind."""
 
 from __future__ import annotations
 
