@@ -248,8 +248,8 @@ def only_driver(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ConfigError(
-                f"--out must be the folder of a sweep that nobody else runs; got {folder}, whose driver is alive. Wait, or "
-                f"look at it: raysemi tune show {folder}"
+                f"--out must be a sweep's folder that nobody else runs; got {folder}, whose driver is alive. Wait, "
+                f"or look at it: raysemi tune show {folder}"
             ) from error
         yield
 

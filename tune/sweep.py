@@ -69,8 +69,8 @@ class SearchConfig(Config):
     seed: int = Field(0, ge=0)
     """Of the draws."""
     defaults_first: bool = True
-    """The first trials are the recipes as they are, one a method, weighting and gradient rule, while they are at most half
-    of all trials."""
+    """The first trials are the recipes as they are, one a method, weighting and gradient rule, while they are at most
+    half of all trials."""
 
 
 class PruneConfig(Config):
