@@ -83,7 +83,7 @@ def headline(sweep: SweepConfig, finished: Sequence[Trial], repeats: Sequence[Tr
 def numbers(folder: Path, trials: Sequence[Trial], repeats: Sequence[Trial]) -> dict[str, Any]:
     """Counts by state and hours of trials, and of repeats; hours of the clock."""
     parts = [("trials", trials)] + ([("repeats", repeats)] if repeats else [])
-    clock = folder / "hours.json"
+    clock = folder / "clock.json"
     return {
         "rows": [
             {
