@@ -447,9 +447,14 @@ def _refused_draws(space: Space, sweep: SweepConfig, ray: Sequence[str]) -> Iter
     draws = [draw for _, draw in space.grid] if sweep.search.name == "grid" else _sampled(space)
     for draw in draws:
         try:
-            space.config(draw, "run=run", *ray)
+            config = space.config(draw, "run=run", *ray)
+            if space.rows:  # each may ask for other data
+                open_pools(config)
         except ConfigError as error:
             yield f"space must hold only what the config takes; got {label_of(draw)}: {error.faults[0]}"
+            return
+        except DataError as error:
+            yield f"{label_of(draw)}: {error}"
             return
 
 

@@ -184,7 +184,7 @@ def open_storage(sweep: SweepConfig, folder: Path) -> optuna.storages.BaseStorag
     Raises:
         CheckpointError: it does not answer, or its driver is missing.
     """
-    url = f"sqlite:///{(folder / 'study.db').absolute()}" if sweep.storage == "sqlite" else sweep.storage
+    url = f"sqlite:///{(folder / 'study.db').absolute()}" if sweep.storage == "sqlite" else _by_psycopg(sweep.storage)
     kept = {"connect_args": {"timeout": 60}} if sweep.storage == "sqlite" else {"pool_pre_ping": True}
     try:
         with warnings.catch_warnings():
@@ -198,6 +198,11 @@ def open_storage(sweep: SweepConfig, folder: Path) -> optuna.storages.BaseStorag
     except Exception as error:  # SQLAlchemy's own family
         first = str(error).strip().splitlines()[0]
         raise CheckpointError(f"storage must answer; got {sweep.storage}: {first}. Check URL and database.") from error
+
+
+def _by_psycopg(url: str) -> str:
+    """SQLAlchemy would take psycopg2 for a URL that names no driver."""
+    return url.replace("postgresql://", "postgresql+psycopg://", 1)
 
 
 def differences(earlier: SweepConfig, now: SweepConfig) -> list[str]:

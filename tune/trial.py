@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import time
 import traceback
 from typing import Any
 
 from raysemi import config_io
+from raysemi.config import RayConfig, RunConfig
 from raysemi.errors import RaysemiError
-
-_log = logging.getLogger(__name__)
 
 
 def train(work: dict[str, Any]) -> None:
@@ -26,7 +24,6 @@ def train(work: dict[str, Any]) -> None:
     import torch
     from ray import tune
 
-    from raysemi.config import RayConfig
     from raysemi.launch.train import launch, may_go_better
 
     if work.get("refused"):
@@ -44,8 +41,7 @@ def train(work: dict[str, Any]) -> None:
     def on_log(step: int, metrics: dict[str, float]) -> None:
         nonlocal first_step_s
         if first_step_s is None:
-            done = metrics.get("step_seconds", 0.0)
-            first_step_s = time.time() - work["begun"] - done
+            first_step_s = max(0.0, time.time() - work["begun"] - _of_steps(config, step, metrics))
         if "eval/miou" in metrics and step < config.train.steps:  # the last one comes with the result
             tune.report({**numbers(step), "miou": metrics["eval/miou"]})
 
@@ -61,3 +57,10 @@ def train(work: dict[str, Any]) -> None:
         tune.report({**numbers(0), "failed": reason})
         return
     tune.report({**numbers(result["steps"]), "miou": result["miou"], "finished": True, "result": result})
+
+
+def _of_steps(config: RunConfig, step: int, metrics: dict[str, float]) -> float:
+    """Seconds that the steps of the first log line took."""
+    rate = metrics.get("images_per_s")
+    steps = (step - 1) % config.train.log_every + 1
+    return steps * (config.train.batch.labeled + config.train.batch.unlabeled) / rate if rate else 0.0
