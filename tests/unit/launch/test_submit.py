@@ -57,9 +57,7 @@ def test_all_faults_are_told_before_anything_is_sent() -> None:
 
 def test_a_recipe_of_one_s_own_travels_as_it_was_checked(tmp_path: Path) -> None:
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text(
-        f"base: scenes-derprop\nrun: /storage/a\ndata: {{pools: /storage/pools}}\noptim: {{lr: 0.0125}}\n"
-    )
+    recipe.write_text("base: scenes-derprop\nrun: /storage/a\ndata: {pools: /storage/pools}\noptim: {lr: 0.0125}\n")
     job = submit.training(str(recipe), ["seed=5"])
     with submit.uploaded(job, None) as (sent, folder):
         assert folder is not None
