@@ -7,6 +7,7 @@ import logging
 import re
 import shlex
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,7 +38,17 @@ _EVERYWHERE = {"pack": ("--ray", "auto"), "index": ("--ray", "auto")}
 _STOP_S = 120
 """For the program to write a checkpoint when its job is stopped; Ray's own patience is 3 s."""
 _POLL_S = 0.5
+_HEAD_STARTS_S = 60
+"""For the job agent of a head that has just begun to answer."""
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+
+
+_CHATTY = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.working_dir",
+)
+"""Loggers of Ray's that tell of uploads, folders that are left out and closed connections."""
 
 
 @dataclass(frozen=True)
@@ -137,9 +148,10 @@ class Cluster:
         from ray.job_submission import JobSubmissionClient
 
         self.address = address
-        logging.getLogger("ray").setLevel(logging.WARNING)
         with self._one_line():
             self._client: Any = JobSubmissionClient(address)
+            for name in _CHATTY:
+                logging.getLogger(name).setLevel(logging.ERROR)
             theirs = self._client._do_request("GET", "/api/version").json()["ray_version"]
         ours = version("ray")
         if theirs.split(".")[:2] != ours.split(".")[:2]:
@@ -167,12 +179,22 @@ class Cluster:
             environment: dict[str, Any] = {"env_vars": {SENT_BY: __version__, "RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_S)}}
             if folder is not None:
                 environment["working_dir"] = str(folder)
-            return self._client.submit_job(
+            return self._sent(
                 entrypoint=shlex.join(["python", "-m", "raysemi", *job.words]),
                 runtime_env=environment,
                 metadata={"run": job.run} if job.run else None,
                 entrypoint_num_gpus=job.gpus or None,
             )
+
+    def _sent(self, **job: Any) -> str:
+        until = time.monotonic() + _HEAD_STARTS_S
+        while True:
+            try:
+                return str(self._client.submit_job(**job))
+            except RuntimeError as error:
+                if "No available agent" not in str(error) or time.monotonic() > until:
+                    raise
+            time.sleep(_POLL_S)
 
     def follow(self, job_id: str, write: Any) -> int:
         """Hands on what a job prints until it has ended; its program's exit code, 130 when it was stopped."""
