@@ -112,7 +112,7 @@ def _go(study: Study, limit: int, cluster: Cluster, pressed: Callable[[], bool])
     pruning = scheduler(sweep.prune, study, config.train.steps, config.eval.every) if study.name == "trials" else None
     each = {"CPU": float(resources.cpus), **({"GPU": resources.gpus} if resources.gpus else {})}
     if resources.workers > 1:
-        each = {"CPU": _DRIVER_CPUS}  # the workers ask for theirs
+        each = {"memory": _WATCHER_BYTES}  # the workers ask for their own cores
     with tempfile.TemporaryDirectory(prefix="raysemi-tune-") as own, Watch(study, limit) as watch:
         tuner = tune.Tuner(
             tune.with_resources(train, each),
@@ -139,8 +139,8 @@ def _go(study: Study, limit: int, cluster: Cluster, pressed: Callable[[], bool])
         raise KeyboardInterrupt
 
 
-_DRIVER_CPUS = 0.01
-"""Of a process that waits for its workers."""
+_WATCHER_BYTES = float(300 << 20)
+"""Of a trial's process that waits for its workers. A share of a core would leave one too few for the last of them."""
 
 
 def _work(study: Study, trial: Any) -> dict[str, Any]:
