@@ -7,7 +7,7 @@ import os
 from importlib.metadata import version
 from pathlib import Path
 
-import raysemi
+from raysemi import __version__
 
 _log = logging.getLogger(__name__)
 
@@ -17,9 +17,9 @@ SENT_BY = "RAYSEMI_SENT_BY"
 
 def say_which_raysemi_runs() -> None:
     """Logs where this process' raysemi lies: uploaded with the job, or installed on the cluster."""
-    where = Path(raysemi.__file__).parent
+    where = Path(__file__).parents[1]
     kind = "uploaded with the job" if where.is_relative_to(Path.cwd()) else "installed"
-    _log.info("raysemi %s, %s: %s (ray %s)", raysemi.__version__, kind, where, version("ray"))
-    sent_by = os.environ.get(SENT_BY, raysemi.__version__)
-    if sent_by != raysemi.__version__:
+    _log.info("raysemi %s, %s: %s (ray %s)", __version__, kind, where, version("ray"))
+    sent_by = os.environ.get(SENT_BY, __version__)
+    if sent_by != __version__:
         _log.warning("raysemi %s sent this job; settings may differ here.", sent_by)
