@@ -151,7 +151,7 @@ def _work(study: Study, trial: Any) -> dict[str, Any]:
     gpu = resources.gpus > 0
     ray = f"{{num_workers: {resources.workers}, cpus_per_worker: {resources.cpus}, use_gpu: {json.dumps(gpu)}}}"
     own = [
-        f"run={json.dumps(str(study.run_folder(trial.number).absolute()))}",
+        f"run={json.dumps(study.run_folder(trial.number))}",
         f"seed={trial.user_attrs['seed']}",
         f"ray={ray if several else 'none'}",
     ]
@@ -202,7 +202,9 @@ def _on_ray(sweep: SweepConfig, folder: Path, space: Space, address: str | None)
     with connected(config, dashboard=resources.workers > 1) as cluster:
         if not cluster.here:
             configs = [space.config(Draw(cell, {}), "run=run") for cell in space.bases]
-            refuse_relative_paths([("--out", str(folder)), *(pair for config in configs for pair in _pools(config))])
+            refuse_relative_paths(
+                [("runs", sweep.runs or str(folder)), *(pair for config in configs for pair in _pools(config))]
+            )
         yield cluster
 
 

@@ -137,9 +137,12 @@ class Study:
         """How many trials there are."""
         return sum(_STATES[trial.state] in states for trial in self.optuna.get_trials(deepcopy=False))
 
-    def run_folder(self, number: int) -> Path:
+    def run_folder(self, number: int) -> str:
         """Of a trial."""
-        return self.folder / self.name / f"{number:04d}"
+        name = f"{self.name}/{number:04d}"
+        if self.sweep.runs is None:
+            return str((self.folder / name).absolute())
+        return f"{self.sweep.runs.rstrip('/')}/{self.folder.name}/{name}"
 
     def history(self) -> list[Trial]:
         """All trials, by number."""

@@ -151,6 +151,8 @@ class SweepConfig(Config):
     """The best ones once more."""
     resources: ResourcesConfig = ResourcesConfig()
     """What a trial takes."""
+    runs: str | None = None
+    """Folder or URL for the trials' run folders, where nodes share no file system; None = the sweep's own folder."""
     storage: str = "sqlite"
     """sqlite: a file in the sweep's folder. Or the URL of a PostgreSQL database without a password, which libpq finds
     in PGPASSWORD or its password file."""

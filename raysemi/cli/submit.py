@@ -30,8 +30,10 @@ def submit(
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Send nothing; print the RayJob for kubectl.")] = False,
     overlay: Annotated[
-        Path | None, typer.Option(help="With --dry-run: folder like infra/kuberay/overlays/spot (needs kubectl).")
+        Path | None,
+        typer.Option(help="With --dry-run: gpu-kueue, spot, cpu-trial or a folder like these (needs kubectl)."),
     ] = None,
+    image: Annotated[str | None, typer.Option(help="With --dry-run: image in place of the manifest's.")] = None,
     follow: Annotated[bool, typer.Option(help="Show the log until the end, and end as the job does.")] = True,
     stop_with_me: Annotated[
         bool, typer.Option("--stop-with-me", help="Ctrl-C stops the job too, without asking.")
@@ -49,13 +51,14 @@ def submit(
     from raysemi.launch import submit as launcher
 
     job = replace(_checked(kind, arguments), gpus=gpus)
-    if overlay is not None and not dry_run:
-        raise ConfigError("--overlay must come with --dry-run; got it without. Add --dry-run, or leave it out.")
+    for name, value in (("--overlay", overlay), ("--image", image)):
+        if value is not None and not dry_run:
+            raise ConfigError(f"{name} must come with --dry-run; got it without. Add --dry-run, or leave it out.")
     if dry_run:
         import yaml
 
         typer.echo(f"# raysemi {' '.join(job.words)}: kubectl create -f -", err=True)
-        sys.stdout.write(yaml.safe_dump(launcher.manifest(job, overlay), sort_keys=False, width=120))
+        sys.stdout.write(yaml.safe_dump(launcher.manifest(job, overlay, image), sort_keys=False, width=120))
         return
     if address is None:
         raise ConfigError("--address must name the job server, http://HEAD:8265; got nothing. Or see --dry-run.")

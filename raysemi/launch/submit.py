@@ -40,6 +40,7 @@ _STOP_S = 120
 _POLL_S = 0.5
 _HEAD_STARTS_S = 60
 """For the job agent of a head that has just begun to answer."""
+_KUBERAY = Path(__file__).parents[1] / "infra/kuberay"
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
@@ -242,12 +243,14 @@ class Cluster:
             raise RaysemiError(f"job server must do what it is asked; got: {str(error).splitlines()[0]}") from error
 
 
-def manifest(job: Job, overlay: Path | None = None) -> dict[str, Any]:
+def manifest(job: Job, overlay: Path | None = None, image: str | None = None) -> dict[str, Any]:
     """The RayJob of `infra/kuberay` for a job, filled.
 
     Args:
         job: with a recipe that the image has, by name.
-        overlay: folder whose jobs/ kustomize renders, which needs kubectl; None: `base/jobs/train.yaml` as it is.
+        overlay: folder whose jobs/ kustomize renders, which needs kubectl, or the name of one of `infra/kuberay`; None:
+            `base/jobs/train.yaml` as it is.
+        image: of all pods; None: the manifest's.
 
     Raises:
         ConfigError: the recipe is a file, which no pod has; a worker's pod is too small.
@@ -260,8 +263,7 @@ def manifest(job: Job, overlay: Path | None = None) -> dict[str, Any]:
             "changes and give the rest as a.b=value, or build an image with it."
         )
     if overlay is None:
-        text = (Path(__file__).parents[1] / "infra/kuberay/base/jobs/train.yaml").read_text(encoding="utf-8")
-        found = yaml.safe_load(text)
+        found = yaml.safe_load((_KUBERAY / "base/jobs/train.yaml").read_text(encoding="utf-8"))
     else:
         found = _rendered(overlay, "sweep" if job.kind == "sweep" else "train")
     found["metadata"]["name"] = _object_name(job)
@@ -270,14 +272,20 @@ def manifest(job: Job, overlay: Path | None = None) -> dict[str, Any]:
     spec["entrypoint"] = shlex.join(["raysemi", *job.words])
     if job.gpus:
         spec["entrypointNumGpus"] = job.gpus
+    cluster = spec["rayClusterSpec"]
+    templates = [group["template"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
+    for template in (*templates, spec["submitterPodTemplate"]) if image else ():
+        template["spec"]["containers"][0]["image"] = image
     if job.config is not None:
-        _fit(job.config, spec["rayClusterSpec"])
+        _fit(job.config, cluster)
     return found
 
 
 def _rendered(overlay: Path, name: str) -> dict[str, Any]:
     from raysemi.infra.check import render
 
+    ours = _KUBERAY / "overlays" / overlay
+    overlay = ours if not overlay.is_dir() and ours.is_dir() else overlay
     try:
         documents = list(render(overlay))
     except (FileNotFoundError, ValueError) as error:

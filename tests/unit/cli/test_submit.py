@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
 from raysemi.cli import app
-
-SPOT = Path(__file__).parents[3] / "infra/kuberay/overlays/spot"
 
 
 def run(*words: str) -> tuple[int, str, str]:
@@ -63,7 +60,7 @@ def test_an_overlay_is_filled_alike() -> None:
         "ray.num_workers=[1,2]",
         "train.batch.unlabeled=4",
     )
-    code, out, _ = run(*words, "--dry-run", "--overlay", str(SPOT))
+    code, out, _ = run(*words, "--dry-run", "--overlay", "spot")
     assert code == 0
     cluster = yaml.safe_load(out)["spec"]["rayClusterSpec"]
     assert cluster["enableInTreeAutoscaling"]

@@ -35,6 +35,15 @@ def test_a_manifest_has_a_pod_a_worker_and_the_run_s_name() -> None:
     assert submit.manifest(submit.Job("evaluate", ("s3://b/run", "--json"), gpus=1))["spec"]["entrypointNumGpus"] == 1
 
 
+def test_an_image_is_that_of_all_pods() -> None:
+    job = submit.Job("evaluate", ("s3://b/run",))
+    made = submit.manifest(job, image="r/raysemi:2-ray2.60.0")["spec"]
+    cluster = made["rayClusterSpec"]
+    templates = [cluster["headGroupSpec"]["template"], cluster["workerGroupSpecs"][0]["template"]]
+    for template in (*templates, made["submitterPodTemplate"]):
+        assert template["spec"]["containers"][0]["image"] == "r/raysemi:2-ray2.60.0"
+
+
 def test_a_worker_that_no_pod_holds_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"ray\.cpus_per_worker must be at most .* 8; got 9"):
         submit.manifest(submit.training("scenes-fixmatch", ["run=/storage/a", POOLS, "ray.cpus_per_worker=9"]))
