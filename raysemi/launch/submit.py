@@ -33,7 +33,7 @@ VERBS = {
     "sweep": ("tune", "run"),
 }
 """What a job may be, and its command; jobs/*.py are the same."""
-_EVERYWHERE = {"pack": ("--ray", "auto"), "index": ("--ray", "auto")}
+_EVERYWHERE = {"pack": ("--ray", "auto"), "index": ("--ray", "auto"), "sweep": ("--ray", "auto")}
 """What takes these commands to all machines."""
 _STOP_S = 120
 """For the program to write a checkpoint when its job is stopped; Ray's own patience is 3 s."""
