@@ -11,7 +11,18 @@ from raysemi.infra.check.objects import Manifests, Workload, quantity
 QUEUE = "kueue.x-k8s.io/queue-name"
 GATED = ("networkPolicy", "tlsOptions", "historyServerOptions")
 """Fields of a RayCluster that need a feature gate, off by default."""
-PATHS = ("run=", "data.pools=", "data.labeled=", "data.val=", "data.unlabeled=", "--root", "--out", "--pool")
+PATHS = (
+    "run=",
+    "runs=",
+    "set.data.pools=",
+    "data.pools=",
+    "data.labeled=",
+    "data.val=",
+    "data.unlabeled=",
+    "--root",
+    "--out",
+    "--pool",
+)
 """What of a command names a folder that all pods must see."""
 
 
@@ -71,7 +82,8 @@ def entrypoint(manifests: Manifests) -> Iterator[str]:
             yield f"{workload.name}: entrypoint must be a command; got none."
         for number, word in enumerate(words):
             option = next((option for option in PATHS if word.startswith(option)), None)
-            if option is None:
+            elsewhere = option == "--out" and any(word.startswith("runs=") for word in words)
+            if option is None or elsewhere:  # a sweep whose runs and trials lie in a store and a database
                 continue
             value = word.partition("=")[2] if "=" in word else "".join(words[number + 1 : number + 2])
             mounted = [path for path, volume in workload.head.mounts().items() if "persistentVolumeClaim" in volume]
@@ -79,9 +91,9 @@ def entrypoint(manifests: Manifests) -> Iterator[str]:
             if not shared and not value.startswith(("[", "{")):
                 where = f"below {' or '.join(mounted)}" if mounted else "in an object store"
                 yield f"{workload.name}: {option.rstrip('=')} of entrypoint must lie {where}, or be a URL; got {value}."
-        folder = any(word.startswith("run=") for word in words)
-        if workload.spec.get("backoffLimit") and words[1:2] in (["train"], ["tune"]) and not folder:
-            yield f"{workload.name}: entrypoint must name run=FOLDER with backoffLimit: a new try goes on from there."
+        known = {"train": "run=", "tune": "--out"}.get("".join(words[1:2]))
+        if workload.spec.get("backoffLimit") and known and not any(word.startswith(known) for word in words):
+            yield f"{workload.name}: entrypoint must name {known.rstrip('=')} with backoffLimit: a new try goes on."
 
 
 def no_installs(manifests: Manifests) -> Iterator[str]:

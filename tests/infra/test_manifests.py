@@ -207,7 +207,7 @@ BROKEN: list[tuple[str, Break, str]] = [
         lambda _, job: job["spec"].update(entrypoint="raysemi train scenes-derprop run=/tmp/a data.pools=s3://b/pools"),
         "run of entrypoint must lie in an object store, or be a URL; got /tmp/a",
     ),
-    ("spot", lambda _, job: job["spec"].update(entrypoint="raysemi train x"), "must name run=FOLDER with backoffLimit"),
+    ("spot", lambda _, job: job["spec"].update(entrypoint="raysemi train x"), "must name run with backoffLimit"),
     ("spot", lambda _, job: job["spec"].update(runtimeEnvYAML="pip: [tqdm]\n"), "must install nothing; got pip"),
     ("spot", lambda _, job: cluster_of(job)["autoscalerOptions"].update(version="v1"), "version must be v2; got v1"),
     (
