@@ -30,6 +30,8 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     loggers = logging.getLogger(), logging.getLogger("raysemi")
     handlers = [list(logger.handlers) for logger in loggers]
+    for logger in loggers:  # an earlier test's command has left its own
+        logger.handlers[:] = [handler for handler in logger.handlers if not isinstance(handler, logs._Stderr)]
     yield
     logging.captureWarnings(False)
     for logger, before in zip(loggers, handlers, strict=True):
