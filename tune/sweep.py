@@ -196,7 +196,8 @@ def load(sweep: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
 
     Args:
         sweep: YAML file, or the name of one that comes along.
-        overrides: `a.b=value` each, of the sweep's own settings; `set.PATH=value` for one of the runs.
+        overrides: `a.b=value` each, of the sweep's own settings; `set.PATH=value` for one of the runs,
+            `space.NAME=null` to search without a parameter.
 
     Raises:
         ConfigError: with every fault that was found.
@@ -222,6 +223,8 @@ def parse(text: str, source: str = "sweep.yaml", overrides: Sequence[str] = ()) 
             faults += apply_overrides(held, [f"value={value}"]) if equals else [f"{name}.{given} must read a.b=value."]
             if isinstance(values, dict) and held:
                 values[path] = held["value"]
+    if isinstance(maps["space"], dict):
+        tree["space"] = {path: given for path, given in maps["space"].items() if given is not None}
     try:
         config = SweepConfig.model_validate(tree)
     except ValidationError as error:

@@ -122,3 +122,13 @@ def test_the_rows_of_a_table_are_runs_of_their_own(name: str) -> None:
 
 def test_every_table_of_the_papers_has_its_sweep() -> None:
     assert set(ROWS) < set(sweep.names())
+
+
+def test_fewer_methods_need_fewer_parameters() -> None:
+    given = ["methods=[supervised, unimatch_v2]", "space.method.strong_weight=null", "space.method.kl_weight=null"]
+    space = spaces.build(sweep.load("methods", given), tried=False)
+    assert {parameter.name for parameter in space.parameters} == {
+        "optim.lr",
+        "unimatch_v2.unsupervised_weight",
+        "gradients.min_ratio",
+    }
