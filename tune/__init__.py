@@ -1,7 +1,8 @@
 """Sweeps: Ray Tune and Optuna over methods and their settings. A checkout keeps it here, a wheel as `raysemi.tune`.
 
 sweep.py     what a sweep's YAML file says
-spaces.py    which settings a trial draws, from the methods' own declarations, and all faults of a sweep
+spaces.py    which settings a trial draws
+checks.py    a sweep's settings -> its space, and all that is wrong with it
 study.py     what has been tried: Optuna's storage, which survives every death
 search.py    Tune's searcher and scheduler over that storage
 trial.py     what a trial does

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +17,8 @@ from raysemi import config_io
 from raysemi.config import RayConfig, RunConfig
 from raysemi.config_shares import uses_unlabeled
 from raysemi.errors import ConfigError, RaysemiError
-from raysemi.launch.cluster import Cluster, connected, ctrl_c_wins, refuse_relative_paths
-from raysemi.tune import spaces
+from raysemi.launch.cluster import Cluster, connected, cores, ctrl_c_wins, refuse_relative_paths
+from raysemi.tune import checks
 from raysemi.tune.show import Watch
 from raysemi.tune.spaces import Draw, Space
 from raysemi.tune.study import FILE, Study, begun, best_of, differences, only_driver
@@ -28,20 +29,41 @@ _NEVER = 10**6
 """More trials than a sweep has: the searcher says when it is over."""
 
 
-def prepare(sweep: SweepConfig, folder: Path) -> Space:
+def prepare(sweep: SweepConfig, folder: Path, address: str | None = None) -> Space:
     """Tries a sweep out without starting anything.
 
     Raises:
         ConfigError: everything that is wrong with it, or with the folder.
         DataError: a pool that cannot be read.
     """
+    if faults := [*_wrong_folder(folder), *_too_wide(sweep, address)]:
+        raise ConfigError(faults)
     earlier = begun(folder)
     if earlier is not None and (changed := differences(earlier, sweep)):
         raise ConfigError(
             f"--out must be a folder of this sweep or a new one; got {folder}, whose sweep differs in "
             f"{', '.join(changed)}. Give another folder, or undo the change to go on."
         )
-    return spaces.build(sweep)
+    return checks.build(sweep)
+
+
+def _wrong_folder(folder: Path) -> Iterator[str]:
+    if re.match(r"\w+:/", str(folder)):
+        yield (
+            f"--out must be a local or shared folder; got {folder}, a URL. Give a folder, and runs=URL for the trials' "
+            "run folders."
+        )
+    elif next(part for part in (folder, *folder.absolute().parents) if part.exists()).is_file():
+        yield f"--out must be a folder; got {folder}, a file or below one. Give another."
+
+
+def _too_wide(sweep: SweepConfig, address: str | None) -> Iterator[str]:
+    """A trial that a machine of its own has no cores for; a cluster says itself what it has."""
+    if (address or os.environ.get("RAY_ADDRESS", "local")) == "local" and sweep.resources.cpus > cores():
+        yield (
+            f"resources.cpus must be at most this machine's cores, {cores()}; got {sweep.resources.cpus}. Lower it, or "
+            "join a cluster (--ray)."
+        )
 
 
 def run(sweep: SweepConfig, space: Space, folder: Path, address: str | None = None) -> None:

@@ -13,7 +13,7 @@ import optuna
 from raysemi.errors import CheckpointError, ConfigError
 from raysemi.report import html
 from raysemi.report.svg import NUM_SERIES
-from raysemi.tune import importance, plots, results, spaces, winner
+from raysemi.tune import checks, importance, plots, results, winner
 from raysemi.tune.figures import finite
 from raysemi.tune.results import settings_of
 from raysemi.tune.spaces import Space
@@ -159,7 +159,7 @@ _GRID_HAS_ROWS = "the grid's rows stand in its own table."
 def _space(sweep: SweepConfig) -> tuple[Space | None, str]:
     """The space, or why it cannot be made here any more: a recipe that is gone, another version."""
     try:
-        return spaces.build(sweep, tried=False), ""
+        return checks.build(sweep, tried=False), ""
     except ConfigError as error:
         return None, f"this raysemi cannot read the sweep: {error.faults[0]}"
 

@@ -264,6 +264,8 @@ def only_driver(folder: Path) -> Iterator[None]:
 
 def is_driven(folder: Path) -> bool:
     """Whether a driver is at work on a folder."""
+    if not (folder / "driver.lock").is_file():  # looking makes none: the folder may be read-only
+        return False
     try:
         with only_driver(folder):
             return False

@@ -220,7 +220,11 @@ def parse(text: str, source: str = "sweep.yaml", overrides: Sequence[str] = ()) 
         for given in (text.removeprefix(f"{name}.") for text in overrides if text.startswith(f"{name}.")):
             path, equals, value = given.partition("=")
             held: dict[str, Any] = {}
-            faults += apply_overrides(held, [f"value={value}"]) if equals else [f"{name}.{given} must read a.b=value."]
+            faults += (
+                apply_overrides(held, [f"value={value}"])
+                if equals
+                else [f"override must read a.b=value; got {name}.{given}. Write the path, `=` and its value."]
+            )
             if isinstance(values, dict) and held:
                 values[path] = held["value"]
     if isinstance(maps["space"], dict):

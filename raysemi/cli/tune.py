@@ -54,7 +54,7 @@ def run(
 
     config = sweeps.load(sweep, overrides or [])
     folder = out or Path("sweeps") / Path(sweep).stem
-    space = driver.prepare(config, folder)
+    space = driver.prepare(config, folder, address)
     _announce(config, space)
     if dry_run:
         return

@@ -100,7 +100,7 @@ class Counting(fs.FileSystemHandler):
         return pa.PythonFile(File(), mode="r")
 
     def _unused(self, *_: Any) -> Any:
-        raise NotImplementedError
+        raise AssertionError("an index is opened, and nothing else is asked of its file system")
 
     get_file_info = get_file_info_selector = create_dir = delete_dir = delete_dir_contents = _unused
     delete_root_dir_contents = delete_file = move = copy_file = open_output_stream = open_append_stream = _unused

@@ -15,8 +15,9 @@ import pytest
 from optuna.trial import TrialState
 
 from raysemi.errors import ConfigError
-from raysemi.tune import spaces, sweep
+from raysemi.tune import checks, sweep
 from raysemi.tune.report import as_json, write_report
+from raysemi.tune.spaces import Cell, Draw
 from raysemi.tune.study import read
 
 SECTIONS = {
@@ -74,7 +75,7 @@ class Sweep:
         folder.mkdir(parents=True)
         (folder / "sweep.yaml").write_text(text)
         self.folder, self.config = folder, sweep.parse(text)
-        self.space = spaces.build(self.config, tried=False)
+        self.space = checks.build(self.config, tried=False)
         self.random = random.Random(3)
         self.studies = {}
 
@@ -96,7 +97,7 @@ class Sweep:
         if given is not None:
             study.enqueue_trial({}, user_attrs={"given": {"cell": list(given[0]), "settings": given[1]}, "seed": seed})
         trial = study.ask()
-        draw = self.space.draw(trial) if given is None else spaces.Draw(spaces.Cell(*given[0]), given[1])
+        draw = self.space.draw(trial) if given is None else Draw(Cell(*given[0]), given[1])
         if miou is None:
             miou = 40 + 10 * draw.settings.get("method.threshold", 0.7) - 2 * draw.settings.get("method.order", 1)
             miou += self.random.gauss(0, 1)

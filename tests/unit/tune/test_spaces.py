@@ -10,12 +10,12 @@ import pytest
 from sweeps import write_sweep
 
 from raysemi.errors import ConfigError
-from raysemi.tune import spaces, sweep
+from raysemi.tune import checks, sweep
 from raysemi.tune.spaces import Cell, Draw, Space
 
 
 def build(folder: Path, pools: Path, *overrides: str, **settings: object) -> Space:
-    return spaces.build(sweep.load(write_sweep(folder, pools, **settings), overrides))
+    return checks.build(sweep.load(write_sweep(folder, pools, **settings), overrides))
 
 
 def draws(space: Space, count: int) -> list[Draw]:

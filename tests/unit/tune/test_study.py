@@ -12,7 +12,7 @@ from ray.tune.search import Searcher
 from sweeps import write_sweep
 
 from raysemi.errors import ConfigError
-from raysemi.tune import spaces, sweep
+from raysemi.tune import checks, sweep
 from raysemi.tune.search import Search, scheduler
 from raysemi.tune.spaces import Cell, Draw
 from raysemi.tune.study import Study, Trial, best_of, is_driven, only_driver, read
@@ -30,7 +30,7 @@ def opened(folder: Path, pools: Path, *overrides: str) -> Study:
     config = sweep.load(write_sweep(folder, pools), overrides)
     (folder / "sweep").mkdir(exist_ok=True)
     (folder / "sweep" / "sweep.yaml").write_text(sweep.dump(config))
-    return Study(config, spaces.build(config), folder / "sweep")
+    return Study(config, checks.build(config), folder / "sweep")
 
 
 def searching(study: Study, limit: int) -> Search:

@@ -14,7 +14,7 @@ from raysemi import config_io
 from raysemi.data.pack import pack
 from raysemi.data.pool import Pool
 from raysemi.data.sources import open_source
-from raysemi.tune import spaces, sweep
+from raysemi.tune import checks, sweep
 
 ROWS = {
     "corrmatch-t5": 9,
@@ -59,7 +59,7 @@ def test_each_command_of_a_header_can_start(name: str, pools: Path) -> None:
     for overrides, config in found:
         assert config.question.endswith("?")
         assert (config.resources.gpus > 0) == (config.recipes == "voc")
-        space = spaces.build(sweep.load(name, [*overrides, f"set.data.pools={pools}"]))
+        space = checks.build(sweep.load(name, [*overrides, f"set.data.pools={pools}"]))
         assert {p.name for p in space.parameters} or space.rows
 
 
@@ -87,13 +87,13 @@ def test_a_search_can_start_on_camvid(name: str, camvid: Path) -> None:
     (given,) = (overrides for overrides, config in commands(name) if config.recipes == "camvid")
     if name == "rank-topk":  # no boxes without an hour of a detector
         given += ["set.weighting.detector=null", "space.weighting.score={choices: [0.85]}"]
-    assert spaces.build(sweep.load(name, [*given, f"set.data.pools={camvid}"])).parameters
+    assert checks.build(sweep.load(name, [*given, f"set.data.pools={camvid}"])).parameters
 
 
 @pytest.mark.parametrize("name", SEARCHES)
 def test_each_parameter_is_searched_around_what_the_recipe_has(name: str) -> None:
     for _, config in commands(name):
-        space = spaces.build(config, tried=False)
+        space = checks.build(config, tried=False)
         assert space.parameters
         for parameter in space.parameters:
             assert len(set(map(str, parameter.ends))) > 1, parameter.name
@@ -105,7 +105,7 @@ def test_each_parameter_is_searched_around_what_the_recipe_has(name: str) -> Non
 @pytest.mark.parametrize("name", ROWS)
 def test_the_rows_of_a_table_are_runs_of_their_own(name: str) -> None:
     for _, config in commands(name):
-        space = spaces.build(config, tried=False)
+        space = checks.build(config, tried=False)
         assert len(space.grid) == ROWS[name]
         configs = [space.config(draw, "run=run") for _, draw in space.grid]
         texts = [config_io.dump(one) for one in configs]
@@ -126,7 +126,7 @@ def test_every_table_of_the_papers_has_its_sweep() -> None:
 
 def test_fewer_methods_need_fewer_parameters() -> None:
     given = ["methods=[supervised, unimatch_v2]", "space.method.strong_weight=null", "space.method.kl_weight=null"]
-    space = spaces.build(sweep.load("methods", given), tried=False)
+    space = checks.build(sweep.load("methods", given), tried=False)
     assert {parameter.name for parameter in space.parameters} == {
         "optim.lr",
         "unimatch_v2.unsupervised_weight",
