@@ -95,7 +95,7 @@ class Search(OptunaSearch):
         sound = all(value is not None and math.isfinite(value) for value in values)
         reason = result.get("failed")
         if error:
-            reason = "its process died too often; see the log of the sweep's Ray cluster"
+            reason = "its process died, or its disk or store did not answer, more often than resources.max_failures"
         elif reason is None and result.get("finished") and not sound:
             reason = f"its result must be finite; got {values}"
         if reason is not None:
