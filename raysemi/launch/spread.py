@@ -7,7 +7,7 @@ the work. Nothing of the results depends on where a task runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 from raysemi.data.workers import Result, Runner, Task
@@ -18,6 +18,8 @@ _RETRIES = 5
 _TASKS_A_CPU = 2
 _POLL_S = 5.0
 """Between looks at how many CPUs the cluster has: it may grow."""
+_LAST_S = 60.0
+"""For the tasks that run when one has failed: the next command should not meet them."""
 
 
 @contextmanager
@@ -80,10 +82,12 @@ class _Spread:
                 for done in ray.wait(list(running), num_returns=1, timeout=_POLL_S)[0]:
                     task = running.pop(done)
                     yield task, _result(done, task)
-        finally:
-            with suppress(Exception):  # Ray may be gone already, after Ctrl-C
-                for reference in running:
-                    ray.cancel(reference)
+        except Exception:
+            # No `ray.cancel`, here or after Ctrl-C: where a task ends at that moment, it aborts this process
+            # (ray-project/ray#54527). What still runs then ends with the connection.
+            if running:
+                ray.wait(list(running), num_returns=len(running), timeout=_LAST_S)
+            raise
 
 
 def _call(work: Callable[[Task], Result], task: Task) -> Result:
