@@ -15,10 +15,13 @@ from typing import Any
 import ray
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from raysemi.errors import RaysemiError
 
 _PAUSE_S = 0.5
+_PROBE_S = 5.0
+"""For room that is there: Ray needs a fraction of a second to reserve it."""
 
 
 class FittingSizes(ElasticScalingPolicy):
@@ -49,14 +52,25 @@ class FittingSizes(ElasticScalingPolicy):
     def make_decision_for_non_running_worker_group(self) -> Any:
         """Starts the largest number there is room for."""
         decision = super().make_decision_for_non_running_worker_group()
-        if not isinstance(decision, NoopDecision):
-            self._waiting_since = None
-            return decision
+        if isinstance(decision, ResizeDecision):
+            smallest, largest = self._sizes[0], decision.num_workers
+            there = (size for size in reversed(self._sizes) if smallest <= size <= largest and self._is_there(size))
+            if workers := next(there, 0):
+                self._waiting_since = None
+                return self._get_resize_decision(workers)
         self._waiting_since = self._waiting_since or time.monotonic()
         if time.monotonic() - self._waiting_since > self._start_timeout_s:
             raise RaysemiError(no_room(self._sizes[0], self._start_timeout_s))
         time.sleep(_PAUSE_S)  # Ray asks again at once
-        return decision
+        return NoopDecision()
+
+    def _is_there(self, workers: int) -> bool:
+        """Whether so many would start now: Ray counts a machine that vanished until its health checks have failed."""
+        group = placement_group([self.scaling_config._resources_per_worker_not_none] * workers)
+        try:
+            return group.wait(_PROBE_S)
+        finally:
+            remove_placement_group(group)
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
         """Asks the workers to save and end where there is room for another number."""
