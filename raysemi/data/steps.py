@@ -119,63 +119,66 @@ class Steps(Dataset[Any]):
         side, views, family = self.config.crop, self.strong_views, FAMILIES[self.strong]
         labeled, unlabeled = self._planned("labeled", step), self._planned("unlabeled", step)
 
-        image_L3HW, label_LHW, keys_L = [], [], []
-        given_L3HW, given_label_LHW = [], []
-        for sample, planned in self._samples("labeled", labeled, True, skipped):
-            image_L3HW.append(weak_view(sample.image, planned.geometry))
+        # Views are made in the batch's own memory: to stack them would copy each once more.
+        pasted = len(labeled) if self.given > 0.0 else 0
+        image_LHW3, given_LHW3 = _pictures(len(labeled), side), _pictures(pasted, side)
+        label_LHW, given_label_LHW = _maps(len(labeled), side), _maps(pasted, side)
+        keys_L = []
+        for i, (sample, planned) in enumerate(self._samples("labeled", labeled, True, skipped)):
             assert sample.mask is not None
-            label_LHW.append(label_view(sample.mask, planned.geometry))
+            weak_view(sample.image, planned.geometry, image_LHW3[i])
+            label_view(sample.mask, planned.geometry, label_LHW[i])
             keys_L.append(sample.key)
             if self.given > 0.0:
-                image_3HW, given_label_HW = self._another(sample.key, planned.number, skipped)
-                given_L3HW.append(image_3HW)
-                given_label_LHW.append(given_label_HW)
+                self._another(sample.key, planned.number, skipped, given_LHW3[i], given_label_LHW[i])
 
         num = len(unlabeled)
-        weak_U3HW, valid_UHW, truth_UHW, second_U3HW, second_valid_UHW, keys_U = [], [], [], [], [], []
+        seconds, truths = num if self.second_view else 0, num if self.with_truth else 0
+        weak_UHW3, second_UHW3 = _pictures(num, side), _pictures(seconds, side)
+        valid_UHW, second_valid_UHW = _maps(num, side, np.bool_), _maps(seconds, side, np.bool_)
+        truth_UHW, keys_U = _maps(truths, side), []
         boxes_VU4 = np.zeros((views, num, 4), dtype=np.int64)
         photometric_VUP = np.zeros((views, num, len(family.PARAMETERS)), dtype=np.float32)
         second_UP = np.zeros((num, len(family.PARAMETERS)), dtype=np.float32)
-        found_UN5: list[NDArray[np.float32]] = []
+        found_UN5 = np.empty((num, self.boxes.most if self.boxes is not None else 0, 5), dtype=np.float32)
         for u, (sample, planned) in enumerate(self._samples("unlabeled", unlabeled, self.with_truth, skipped)):
             geometry, strong = planned.geometry, planned.strong
             assert strong is not None
-            weak_U3HW.append(weak_view(sample.image, geometry))
-            valid_UHW.append(valid_view(geometry))
+            weak_view(sample.image, geometry, weak_UHW3[u])
+            valid_view(geometry, valid_UHW[u])
             keys_U.append(sample.key)
             if self.boxes is not None:
-                found_UN5.append(self.boxes.view(sample.row, geometry))
+                found_UN5[u] = self.boxes.view(sample.row, geometry)
             if views:
                 photometric_VUP[:, u] = strong.photometric_VP
                 boxes_VU4[:, u] = strong.boxes_V4
             if sample.mask is not None:
-                truth_UHW.append(label_view(sample.mask, geometry))
+                label_view(sample.mask, geometry, truth_UHW[u])
             if strong.second is not None:
-                second_U3HW.append(weak_view(sample.image, strong.second))
-                second_valid_UHW.append(valid_view(strong.second))
+                weak_view(sample.image, strong.second, second_UHW3[u])
+                valid_view(strong.second, second_valid_UHW[u])
                 second_UP[u] = strong.second_P
 
-        plane = (side, side)
         return HostBatch(
             step=step,
-            image_L3HW=_pictures(image_L3HW, side),
-            label_LHW=_stack(label_LHW, plane, np.uint8),
+            image_L3HW=_channels_first(image_LHW3),
+            label_LHW=torch.from_numpy(label_LHW),
             slots_L=self._slots("labeled"),
             keys_L=tuple(keys_L),
-            weak_U3HW=_pictures(weak_U3HW, side),
-            valid_UHW=_stack(valid_UHW, plane, np.bool_),
+            weak_U3HW=_channels_first(weak_UHW3),
+            valid_UHW=torch.from_numpy(valid_UHW),
             slots_U=self._slots("unlabeled"),
             keys_U=tuple(keys_U),
             boxes_VU4=torch.from_numpy(boxes_VU4),
             photometric_VUP=torch.from_numpy(photometric_VUP),
-            second_weak_U3HW=_pictures(second_U3HW, side) if self.second_view else None,
-            second_valid_UHW=_stack(second_valid_UHW, plane, np.bool_) if self.second_view else None,
+            second_weak_U3HW=_channels_first(second_UHW3) if self.second_view else None,
+            second_valid_UHW=torch.from_numpy(second_valid_UHW) if self.second_view else None,
             second_photometric_UP=torch.from_numpy(second_UP) if self.second_view else None,
-            given_L3HW=_pictures(given_L3HW, side) if self.given > 0.0 else None,
-            given_label_LHW=_stack(given_label_LHW, plane, np.uint8) if self.given > 0.0 else None,
-            truth_UHW=_stack(truth_UHW, plane, np.uint8) if self.with_truth else None,
+            given_L3HW=_channels_first(given_LHW3) if self.given > 0.0 else None,
+            given_label_LHW=torch.from_numpy(given_label_LHW) if self.given > 0.0 else None,
+            truth_UHW=torch.from_numpy(truth_UHW) if self.with_truth else None,
             strong=self.strong,
-            found_UN5=_stack(found_UN5, (self.boxes.most, 5), np.float32) if self.boxes is not None else None,
+            found_UN5=torch.from_numpy(found_UN5) if self.boxes is not None else None,
         )
 
     def _planned(self, name: str, step: int) -> list[_Planned]:
@@ -224,18 +227,22 @@ class Steps(Dataset[Any]):
     def _slots(self, name: str) -> torch.Tensor:
         return torch.arange(*self.slots.get(name, (0, 0)))
 
-    def _another(self, key: str, number: int, skipped: list[Skipped]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    def _another(
+        self, key: str, number: int, skipped: list[Skipped], image_HW3: NDArray[np.uint8], label_HW: NDArray[np.uint8]
+    ) -> None:
         """View and label of any labeled sample, drawn with the sample that it is given to; or nothing but padding."""
-        side = self.config.crop
         rng, row = self._other(key, number)
         if row is None:
-            return np.zeros((3, side, side), np.uint8), np.full((side, side), NOT_ANNOTATED, np.uint8)
+            image_HW3.fill(0)
+            label_HW.fill(NOT_ANNOTATED)
+            return
         sample = self.readers["labeled"].sample(row, with_mask=True)
         skipped.extend(sample.skipped)
         width, height = sample.image.size
-        geometry = draw_any_size(rng, self.config.views, height, width, side)
+        geometry = draw_any_size(rng, self.config.views, height, width, self.config.crop)
         assert sample.mask is not None
-        return weak_view(sample.image, geometry), label_view(sample.mask, geometry)
+        weak_view(sample.image, geometry, image_HW3)
+        label_view(sample.mask, geometry, label_HW)
 
     def _other(self, key: str, number: int) -> tuple[np.random.Generator, int | None]:
         """Row of the labeled sample that another is given, or None; and the generator that goes on to its view."""
@@ -287,19 +294,18 @@ class Steps(Dataset[Any]):
                 yield needed
 
 
-def _stack(arrays: list[NDArray[Any]], shape: tuple[int, ...], kind: type[np.generic]) -> torch.Tensor:
-    stacked = np.empty((len(arrays), *shape), dtype=kind)
-    for i, array in enumerate(arrays):
-        stacked[i] = array
-    return torch.from_numpy(stacked)
+def _pictures(num: int, side: int) -> NDArray[np.uint8]:
+    """Pixel by pixel, as images are decoded and resized: to turn them takes as long as half a resize."""
+    return np.empty((num, side, side, 3), dtype=np.uint8)
 
 
-def _pictures(views: list[NDArray[np.uint8]], side: int) -> torch.Tensor:
-    """uint8 [n, 3, S, S], in memory pixel by pixel as the views are: to turn them takes as long as half a resize."""
-    stacked = np.empty((len(views), side, side, 3), dtype=np.uint8)
-    for i, view in enumerate(views):
-        stacked[i] = view.transpose(1, 2, 0)
-    return torch.from_numpy(stacked).permute(0, 3, 1, 2)
+def _maps(num: int, side: int, kind: type = np.uint8) -> NDArray[Any]:
+    return np.empty((num, side, side), dtype=kind)
+
+
+def _channels_first(pictures_BHW3: NDArray[np.uint8]) -> torch.Tensor:
+    """uint8 [B, 3, S, S]; its memory stays as it is."""
+    return torch.from_numpy(pictures_BHW3).permute(0, 3, 1, 2)
 
 
 def _shares(sizes: dict[str, int], budget: int) -> dict[str, int]:

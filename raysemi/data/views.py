@@ -168,19 +168,16 @@ def draw_any_size(rng: np.random.Generator, config: ViewsConfig, height: int, wi
     return draw_geometry(rng, config.model_copy(update={"scale": scale}), height, width, crop)
 
 
-def weak_view(image: Image.Image, geometry: Geometry) -> NDArray[np.uint8]:
-    """The image under a geometry, bilinear, antialiased when it shrinks: uint8 [3, S, S], padding 0.
-
-    In memory it is [S, S, 3], as the image was.
-    """
-    view_HW3 = np.zeros((geometry.crop, geometry.crop, 3), dtype=np.uint8)
+def weak_view(image: Image.Image, geometry: Geometry, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+    """The image under a geometry, bilinear, antialiased when it shrinks: uint8 [S, S, 3], padding 0; made in `out`."""
+    view_HW3 = _blank(geometry, (3,), 0, out)
     resized, corner = (geometry.resized_height, geometry.resized_width), (geometry.top, geometry.left)
     view_HW3[geometry.inside] = resized_part(image, resized, corner, geometry.shown, geometry.flip)
-    return view_HW3.transpose(2, 0, 1)
+    return view_HW3
 
 
-def label_view(mask: NDArray[np.uint8], geometry: Geometry) -> NDArray[np.uint8]:
-    """The mask under a geometry, nearest pixel: uint8 [S, S], padding 255.
+def label_view(mask: NDArray[np.uint8], geometry: Geometry, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+    """The mask under a geometry, nearest pixel: uint8 [S, S], padding 255; made in `out`.
 
     In whole numbers, source = floor((2 * i + 1) * length / (2 * resized)): the pixel under the centre of the image's
     resized pixel, with no rounding that a crop could shift.
@@ -188,16 +185,27 @@ def label_view(mask: NDArray[np.uint8], geometry: Geometry) -> NDArray[np.uint8]
     height, width = geometry.shown
     rows = (2 * np.arange(geometry.top, geometry.top + height) + 1) * geometry.height // (2 * geometry.resized_height)
     columns = (2 * np.arange(geometry.left, geometry.left + width) + 1) * geometry.width // (2 * geometry.resized_width)
-    view = np.full((geometry.crop, geometry.crop), NOT_ANNOTATED, dtype=np.uint8)
+    view = _blank(geometry, (), NOT_ANNOTATED, out)
     columns = columns[::-1] if geometry.flip else columns
     view[geometry.inside] = mask[rows][:, columns]  # rows first: a fifth of the time of both at once
     return view
 
 
-def valid_view(geometry: Geometry) -> NDArray[np.bool_]:
-    """bool [S, S], True where the view shows the image, False where it is padding."""
-    view = np.zeros((geometry.crop, geometry.crop), dtype=np.bool_)
+def valid_view(geometry: Geometry, out: NDArray[np.bool_] | None = None) -> NDArray[np.bool_]:
+    """bool [S, S], True where the view shows the image, False where it is padding; made in `out`."""
+    view = _blank(geometry, (), False, out, np.bool_)
     view[geometry.inside] = True
+    return view
+
+
+def _blank(
+    geometry: Geometry, channels: tuple[int, ...], padding: int, out: NDArray[Any] | None, kind: type = np.uint8
+) -> NDArray[Any]:
+    """[S, S, ...] whose padding is filled; what the image will cover may hold anything."""
+    side = geometry.crop
+    view = np.empty((side, side, *channels), dtype=kind) if out is None else out
+    if geometry.shown != (side, side):
+        view.fill(padding)
     return view
 
 

@@ -23,7 +23,6 @@ from raysemi.engine import checkpoint, distributed, retention
 from raysemi.engine.evaluate import evaluate
 from raysemi.engine.folder import RunFolder
 from raysemi.engine.guards import Guards
-from raysemi.engine.measure import Look, Panels, PseudoQuality, look, unlabeled_panels, val_panels
 from raysemi.engine.record import Record
 from raysemi.engine.saver import Saver
 from raysemi.engine.trackers import Trackers
@@ -31,6 +30,7 @@ from raysemi.engine.trainer import Hooks, Trainer, resolve_period
 from raysemi.engine.watchdog import Watchdog
 from raysemi.errors import CheckpointError, RaysemiError
 from raysemi.launch.logs import stand
+from raysemi.launch.pictures import look_around
 from raysemi.launch.progress import Progress
 from raysemi.launch.restore import build, open_pools, refuse_another_run
 from raysemi.launch.room import one_line_without_room, tell_footprint
@@ -385,7 +385,8 @@ class _Run:
                 student, averaged = (100.0 * float(mean_iou(found)) for found in both)
                 behind = metrics["eval/average_behind"] = student - averaged
         self.guards.evaluation(step, matrix, classes, behind)
-        metrics |= self._look(step)
+        looked_at = self._unlabeled_to_look_at()
+        metrics |= look_around(trainer, looked_at, self.val, self.config.eval, self.across, self.folder)
         self.watchdog.beat()
         self.result = {
             "method": self.config.method.name,
@@ -407,41 +408,11 @@ class _Run:
             self._best_miou, self._best_step = miou, step
         return best
 
-    def _look(self, step: int) -> dict[str, float]:
-        """Pictures, and the quality of the pseudo-labels where their truth may be opened."""
-        settings, rank = self.config.eval, self.across.rank
+    def _unlabeled_to_look_at(self) -> Stream | None:
+        settings = self.config.eval
         wanted = max(settings.pseudo_images, settings.pictures)
-        quality = PseudoQuality(len(self.labeled.classes))
-        pictures: list[tuple[str, str, Panels]] = []
-        if self.unlabeled is not None and wanted:
-            steps = -(-wanted // self.config.train.batch.unlabeled)
-            # The seed is the run's own plus one: views that the run itself does not train on at its first steps.
-            hosts = self._stream(0, steps, truth=settings.pseudo_images > 0, seed=self.config.seed + 1)
-            for seen in look(self.trainer, hosts):
-                if seen.truth_UHW is not None:
-                    quality.add(seen)
-                pictures += self._unlabeled_pictures(seen, settings.pictures - len(pictures))
-        for stage in quality.counts:
-            quality.counts[stage] = self.across.sum(quality.counts[stage].to(self.trainer.device)).cpu()
-        if rank == 0 and settings.pictures:
-            seen_val = val_panels(self.trainer, self.val, settings, settings.pictures)
-            pictures += [("val", key, panels) for key, panels in seen_val]
-            self._write_pictures(step, pictures)
-        return quality.metrics(self.labeled.classes)
-
-    def _unlabeled_pictures(self, seen: Look, room: int) -> list[tuple[str, str, Panels]]:
-        if self.across.rank != 0 or room <= 0:
-            return []
-        keys = seen.keys_U[:room]
-        return [("unlabeled", key, unlabeled_panels(seen, i, self.labeled.palette)) for i, key in enumerate(keys)]
-
-    def _write_pictures(self, step: int, pictures: list[tuple[str, str, Panels]]) -> None:
-        listing = []
-        for number, (kind, key, panels) in enumerate(pictures):
-            entries = []
-            for title, content in panels:
-                file = f"{number:02d}-{title.replace(' ', '-')}.png"
-                self.folder.write_bytes(f"pictures/{file}", content)
-                entries.append({"title": title, "file": file})
-            listing.append({"kind": kind, "key": key, "step": step, "panels": entries})
-        self.folder.write_bytes("pictures/pictures.json", json.dumps(listing, indent=1).encode())
+        if self.unlabeled is None or not wanted:
+            return None
+        steps = -(-wanted // self.config.train.batch.unlabeled)
+        # The seed is the run's own plus one: views that the run itself does not train on at its first steps.
+        return self._stream(0, steps, truth=settings.pseudo_images > 0, seed=self.config.seed + 1)

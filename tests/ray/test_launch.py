@@ -113,6 +113,41 @@ def test_a_dead_worker_is_replaced_as_long_as_the_run_gets_further(
     assert seen.count(1) == 1  # it went on from a checkpoint
 
 
+def test_zero_goes_on_in_the_same_cluster_after_its_driver_was_killed(
+    cluster: Path, scenes: Path, tmp_path: Path
+) -> None:
+    import ray
+
+    zero = ["train.strategy=deepspeed", "train.zero.stage=2", "train.steps=40", "train.checkpoint_every=2"]
+    config = on_ray(scenes, tmp_path / "run", *zero)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(config_io.dump(config), encoding="utf-8")
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    command = [sys.executable, "-m", "raysemi.cli", "train", str(recipe)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as driver:
+        assert driver.stderr is not None
+        lines = []
+        for line in driver.stderr:
+            lines.append(line)
+            if line.startswith("step 3/"):
+                driver.kill()
+    assert driver.returncode == -signal.SIGKILL, "".join(lines[-30:])
+
+    def note(into: dict[int, float]):
+        return lambda step, metrics: into.update({step: metrics["loss/total"]} if "loss/total" in metrics else {})
+
+    alone: dict[int, float] = {}
+    spread: dict[int, float] = {}
+    launch(config, note(spread))
+    first = min(spread)
+    assert 3 <= first < 40  # from its checkpoint
+    assert max(spread) == 40
+    one = on_ray(scenes, tmp_path / "one", "train.steps=40", "ray=none", f"train.stop_at={first + 4}")
+    launch(one, note(alone))
+    for step in range(first, first + 5):
+        assert spread[step] == pytest.approx(alone[step], abs=1e-4)
+
+
 def test_a_corrupt_sample_ends_the_run_at_once_with_its_own_error(cluster: Path, scenes: Path, tmp_path: Path) -> None:
     pools = tmp_path / "pools"
     for name in ("labeled", "unlabeled", "val"):
