@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,8 @@ from typing import Any
 import psutil
 
 STARTED = "Ray runtime started"
-TRIES = 3
-"""Ray gives a node 30 s to start, which a busy machine may not keep."""
+TRIES = 5
+"""Ray gives a node 30 s to start, which nothing can change and a busy machine may not keep."""
 STORE_BYTES = 100 << 20
 WITHIN_S = 900.0
 """The longest that one command may take, on a machine that does other things too."""
@@ -153,30 +153,37 @@ class _Nodes:
     def head(self) -> tuple[int, int]:
         """Starts the head; its port and its dashboard's."""
         names = ("--port", "--dashboard-port", "--dashboard-agent-listen-port", "--ray-client-server-port")
-        for _ in range(TRIES):
-            ports = free_ports(len(names))
-            options = [f"{name}={port}" for name, port in zip(names, ports, strict=True)]
-            self._start(0, "--head", "--dashboard-host=127.0.0.1", "--num-cpus=0", *options)
-            if not self._failed():
-                return ports[0], ports[1]
-        raise AssertionError(self._said(0))
+        ports = free_ports(len(names))
+        options = [f"{name}={port}" for name, port in zip(names, ports, strict=True)]
+        self._run({0: ["--head", "--dashboard-host=127.0.0.1", "--num-cpus=0", *options]})
+        return ports[0], ports[1]
 
     def join(self, count: int, port: int) -> None:
         """Starts the other nodes, all at once."""
-        waiting = list(range(1, count + 1))
-        for _ in range(TRIES):
-            for number, own in zip(waiting, free_ports(len(waiting)), strict=True):
-                options = ("--num-cpus=1", f"--dashboard-agent-listen-port={own}")
-                self._start(number, f"--address=127.0.0.2:{port}", *options)
-            if not (waiting := self._failed()):
-                return
-        raise AssertionError(self._said(waiting[0]))
+        own = [f"--dashboard-agent-listen-port={free}" for free in free_ports(count)]
+        self._run({1 + i: [f"--address=127.0.0.2:{port}", "--num-cpus=1", own[i]] for i in range(count)})
 
     def end(self) -> None:
-        """Ends all nodes, and what runs for them."""
+        """Kills all nodes, and what runs for them."""
         for number in list(self._processes):
             self._end(number)
         self._kill(self._folder)
+
+    def _run(self, options: dict[int, list[str]]) -> None:
+        """Starts nodes, all at once; those that Ray gives up again, one by one."""
+        together = [list(options)]
+        for _ in range(TRIES):
+            failed = []
+            for numbers in together:
+                for number in numbers:
+                    self._start(number, *options[number])
+                failed += [number for number in numbers if not self._runs(number)]
+            for number in failed:
+                self._end(number)
+            together = [[number] for number in failed]
+            if not failed:
+                return
+        raise AssertionError(self._said(failed[0]))
 
     def _start(self, number: int, *options: str) -> None:
         command = [str(Path(sys.executable).parent / "ray"), "start", "--block", *options]
@@ -186,17 +193,13 @@ class _Nodes:
         with (self._folder / f"{number}.log").open("w") as file:
             self._processes[number] = subprocess.Popen(command, env=self._environment, stdout=file, stderr=file)
 
-    def _failed(self) -> list[int]:
-        """Waits until every node runs or has given up; ends those that do not run, and names them."""
-        until = time.monotonic() + 120
-        while True:
-            failed = [number for number in self._processes if STARTED not in self._said(number)]
-            if all(self._processes[number].poll() is not None for number in failed) or time.monotonic() > until:
-                break
+    def _runs(self, number: int) -> bool:
+        """Waits until a node runs, or has given up."""
+        while STARTED not in self._said(number):
+            if self._processes[number].poll() is not None:
+                return False
             time.sleep(0.2)
-        for number in failed:
-            self._end(number)
-        return failed
+        return True
 
     def _end(self, number: int) -> None:
         process = self._processes.pop(number)
@@ -207,16 +210,18 @@ class _Nodes:
     @staticmethod
     def _kill(folder: Path) -> None:
         """Kills every process whose command names the folder; Ray's workers go with their raylet."""
-        left = [
-            p for p in psutil.process_iter(["cmdline"]) if any(f"{folder}/" in f"{w}/" for w in p.info["cmdline"] or ())
-        ]
-        for process in left:
+        named = [one for one in psutil.process_iter(["cmdline"]) if _names(one.info["cmdline"] or (), folder)]
+        for process in named:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(left, timeout=30)
+        psutil.wait_procs(named, timeout=30)
 
     def _said(self, number: int) -> str:
         return (self._folder / f"{number}.log").read_text()
+
+
+def _names(words: Sequence[str], folder: Path) -> bool:
+    return any(f"{folder}/" in f"{word}/" for word in words)
 
 
 def free_ports(count: int) -> list[int]:
