@@ -161,7 +161,8 @@ class _Nodes:
     def join(self, count: int, port: int) -> None:
         """Starts the other nodes, all at once."""
         own = [f"--dashboard-agent-listen-port={free}" for free in free_ports(count)]
-        self._run({1 + i: [f"--address=127.0.0.2:{port}", "--num-cpus=1", own[i]] for i in range(count)})
+        shared = (f"--address=127.0.0.2:{port}", "--num-cpus=1", "--include-log-monitor=false")  # the head's is enough
+        self._run({1 + i: [*shared, own[i]] for i in range(count)})
 
     def end(self) -> None:
         """Kills all nodes, and what runs for them."""
