@@ -5,7 +5,7 @@ BIN := .venv/bin
 UV := $(BIN)/python -m uv
 INSTALLED := .venv/installed
 
-.PHONY: install demo test soak lint format bench requirements clean
+.PHONY: install demo test soak cluster lint format bench requirements clean
 
 install: $(INSTALLED)
 
@@ -27,6 +27,9 @@ test: $(INSTALLED)  ## on two cores; `.venv/bin/pytest PATH` for one file
 soak: $(INSTALLED)  ## a run that is killed 20 times, and one whose nodes leave and join, end as if nothing had been
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --points 20
 	RAYSEMI_SOAK=1 $(BIN)/python -m pytest tests/ray/test_nodes.py
+
+cluster: $(INSTALLED)  ## all jobs on a cluster that this machine plays; a disturbed run ends with the bits of another
+	OMP_NUM_THREADS=1 $(BIN)/python tests/cluster.py --images 60 --steps 200 --twin
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -135,8 +135,14 @@ def step_context(
 
 def tiny_run(pools: Path, run: Path, method: str, *overrides: str) -> RunConfig:
     """A run on the drawn pools of `conftest.scenes` with timm's smallest test network; one process, seconds."""
-    settings = [
-        f"run={run}",
+    recipe = run.parent / f"{run.name}.yaml"
+    recipe.write_text(f"method: {method}\n", encoding="utf-8")
+    return config_io.load(recipe, [f"run={run}", *tiny_settings(pools), "ray=none", *overrides])
+
+
+def tiny_settings(pools: Path) -> list[str]:
+    """What makes any recipe a run of seconds on the drawn pools of `conftest.scenes`."""
+    return [
         *(f"data.{name}={pools / name}" for name in ("labeled", "unlabeled", "val")),
         "data.crop=49",
         "data.loader_processes=0",
@@ -150,11 +156,7 @@ def tiny_run(pools: Path, run: Path, method: str, *overrides: str) -> RunConfig:
         "eval.every=1000",
         "eval.pictures=0",
         "optim.lr=0.01",
-        "ray=none",
     ]
-    recipe = run.parent / f"{run.name}.yaml"
-    recipe.write_text(f"method: {method}\n", encoding="utf-8")
-    return config_io.load(recipe, [*settings, *overrides])
 
 
 def true_boxes(pool: Pool, name: str = "masks", share: float = 1.0) -> None:

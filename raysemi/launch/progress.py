@@ -63,3 +63,11 @@ class Progress:
         content = {"step": step, "at": time.time(), "ended": ended}
         with contextlib.suppress(CheckpointError):
             self._folder.write_bytes(PROGRESS, json.dumps(content).encode())
+
+
+def ended_at(folder: RunFolder) -> int | None:
+    """The step at which a run's last launch ended as it should; None where it did not, or nobody knows."""
+    with contextlib.suppress(CheckpointError, ValueError, KeyError, TypeError):
+        content = json.loads(folder.read_bytes(PROGRESS))
+        return int(content["step"]) if content["ended"] else None
+    return None

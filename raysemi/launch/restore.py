@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from raysemi import config_io
 from raysemi.config import RunConfig
@@ -18,10 +20,13 @@ from raysemi.data.store import StoreConfig
 from raysemi.engine import checkpoint, retention
 from raysemi.engine.folder import RunFolder
 from raysemi.errors import CheckpointError, ConfigError, DataError, DataFailure
+from raysemi.launch.progress import ended_at
 from raysemi.methods import METHODS
 from raysemi.methods.base import Method
 from raysemi.methods.weighting import NoWeightingConfig, RankWeightingConfig, build_weighting
 from raysemi.models.segmentor import Segmentor, build_segmentor
+
+_log = logging.getLogger(__name__)
 
 
 def open_pool(path: str | None, setting: str, *, masks: bool = False, store: StoreConfig | None = None) -> Pool:
@@ -181,6 +186,31 @@ def refuse_another_run(config: RunConfig) -> None:
             f"run must name a folder of this run or a new one; got {config.run}, whose config differs in "
             f"{', '.join(changed)}. Give another run folder, or undo the change to go on."
         )
+
+
+def finished(config: RunConfig) -> dict[str, Any] | None:
+    """What a run has come to whose last launch took it as far as this one would: no worker needs to start.
+
+    Returns:
+        The fields of `result.json`, empty without an evaluation; None where something is left to do, or where this
+        machine does not see the run folder.
+
+    Raises:
+        ConfigError: another config made the run.
+    """
+    folder = RunFolder(config.run, StoreConfig(deadline=config.data.store.deadline))
+    until = min(config.train.steps, config.train.stop_at or config.train.steps)
+    step = ended_at(folder)
+    if step is None or step < until or checkpoint.steps(folder)[-1:] != [step]:
+        return None
+    refuse_another_run(config)
+    tell_finished(step, until)
+    return json.loads(folder.read_bytes("result.json")) if folder.exists("result.json") else {}
+
+
+def tell_finished(step: int, until: int) -> None:
+    """Logs why nothing happens."""
+    _log.info("step %d of %d: nothing left to do.", step, until)
 
 
 def build(config: RunConfig, num_classes: int, *, untrained: bool = False) -> tuple[Segmentor, Method]:

@@ -23,7 +23,7 @@ from raysemi.launch.board import Board, OnLog, ToBoard, post_fault, relay
 from raysemi.launch.cluster import Cluster, connected, ctrl_c_wins, refuse_relative_paths, worker_resources
 from raysemi.launch.logs import stand
 from raysemi.launch.metrics import Exporter
-from raysemi.launch.restore import open_pools, refuse_another_run
+from raysemi.launch.restore import finished, open_pools, refuse_another_run
 from raysemi.launch.stop import Stopped, Terminated, sigterm
 
 _log = logging.getLogger(__name__)
@@ -58,6 +58,8 @@ def launch(config: RunConfig, on_log: OnLog | None = None) -> dict[str, Any]:
             # Workers look too; but they take a while to start, and a mistake should be told at once.
             open_pools(config)
             refuse_another_run(config)
+        if (result := finished(config)) is not None:
+            return result
         with ctrl_c_wins() as pressed:
             return _on_ray(config, config.ray, on_log, pressed)
     from raysemi.launch.worker import run

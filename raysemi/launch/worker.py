@@ -32,7 +32,7 @@ from raysemi.errors import CheckpointError, RaysemiError
 from raysemi.launch.logs import stand
 from raysemi.launch.pictures import look_around
 from raysemi.launch.progress import Progress
-from raysemi.launch.restore import build, open_pools, refuse_another_run
+from raysemi.launch.restore import build, open_pools, refuse_another_run, tell_finished
 from raysemi.launch.room import one_line_without_room, tell_footprint
 from raysemi.launch.stop import Stopped, StopVote, graceful_stop
 from raysemi.methods.base import AcrossRanks
@@ -160,8 +160,8 @@ class _Run:
                     finished = trainer.fit(self._stream(trainer.step, until), hooks, config.eval.every)
             if not finished and trainer.step < until:
                 raise Stopped
-        elif not self.result:
-            _log.info("step %d of %d: nothing left to do.", trainer.step, until)
+        else:
+            tell_finished(trainer.step, until)
         if self.record is not None:
             self.record.close()
         if self.progress is not None:

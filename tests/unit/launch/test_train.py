@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
+import logging
+from pathlib import Path
 
+import pytest
+from makers import tiny_run
+
+from raysemi import config_io
 from raysemi.data.reader import CorruptSample
 from raysemi.errors import CheckpointError, ConfigError, DataError, DataFailure, RaysemiError, TrainingError
-from raysemi.launch.train import Budget, may_go_better
+from raysemi.launch.restore import finished
+from raysemi.launch.train import Budget, launch, may_go_better
 
 
 def caused(error: Exception, cause: Exception) -> Exception:
@@ -55,3 +61,20 @@ def test_failures_count_in_a_row_without_getting_further() -> None:
     assert [Budget(0).spend(step, free=False) for step in (0, 7)] == [-1, -1]
     spot = Budget(1)
     assert [spot.spend(4, free=free) for free in (True, True, False, True, False)] == [1, 1, 0, 0, -1]
+
+
+def test_a_finished_run_says_so_without_asking_ray(
+    scenes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny_run(scenes, tmp_path / "run", "fixmatch", "train.steps=3", "eval.every=2")
+    launch(config_io.change(config, ["train.stop_at=2"]))
+    result = launch(config)
+    assert result["steps"] == 3
+    caplog.set_level(logging.INFO, logger="raysemi")
+    nobody = ["ray={num_workers: 1, address: '127.0.0.1:1'}"]
+    assert launch(config_io.change(config, nobody)) == result
+    assert "step 3 of 3: nothing left to do." in caplog.messages
+    with pytest.raises(ConfigError, match=r"whose config differs in optim\.lr"):
+        launch(config_io.change(config, [*nobody, "optim.lr=0.02"]))
+    (tmp_path / "run/progress.json").write_text('{"step": 3, "ended": false}')  # its driver was killed
+    assert finished(config) is None
