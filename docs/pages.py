@@ -1,7 +1,8 @@
 """Hooks of mkdocs: the repository as it is, read as a site.
 
-Documents keep links that hold on a code host: relative ones, to files of the repository. Here those to documents outside
-docs/ become links to pages, and every other file that is linked becomes a page that shows it: no host has to be known.
+Documents keep links that hold on a code host: relative ones, to files of the repository. Here those to documents
+outside docs/ become links to pages, and every other file that is linked becomes a page that shows it: no host has to be
+known.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def test_the_guides_python_trains_loads_and_predicts(reader: Path, monkeypatch: 
     block, load = one("python", "docs/guide.md"), raysemi.load_config
     monkeypatch.setattr(raysemi, "load_config", lambda recipe, overrides: load(recipe, [*overrides, *SMALL]))
     names: dict[str, object] = {}
-    exec(compile(block.text, str(block), "exec"), names)  # noqa: S102
+    exec(compile(block.text, str(block), "exec", dont_inherit=True), names)
     assert names["logits_BKHW"].shape == (1, len(CLASSES), 240, 320)
     assert sorted(path.name for path in (reader / "predicted/labels").iterdir()) == ["0.png", "1.png"]
 
@@ -69,7 +69,7 @@ def test_the_guides_python_trains_loads_and_predicts(reader: Path, monkeypatch: 
 def test_the_method_of_the_documents_trains_the_student() -> None:
     block = one("python", "docs/methods.md")
     names: dict[str, object] = {"__name__": "agreement"}
-    exec(compile(block.text, str(block), "exec"), names)  # noqa: S102
+    exec(compile(block.text, str(block), "exec", dont_inherit=True), names)
     method = names["Agreement"](names["AgreementConfig"](), 5)
     student = tiny_segmentor(5)
     terms = method.objectives(semi_batch(5, views=method.strong_views), step_context(student))

@@ -13,6 +13,7 @@ from documents import ROOT, anchors, code_in_text, links
 
 from raysemi import catalogue, config_io
 from raysemi.engine.detect import DetectConfig
+from raysemi.engine.trackers import MlflowConfig, WandbConfig
 from raysemi.errors import ConfigError
 from raysemi.tune.sweep import SweepConfig
 
@@ -43,9 +44,8 @@ def expanded(code: str) -> list[str]:
 def test_files_that_are_named_exist() -> None:
     wrong = []
     for where, code in code_in_text():
-        for path in expanded(code) if re.fullmatch(rf"(?:{'|'.join(TOP)})/[\w./{{}},*-]+", code) else ():
-            if not list(ROOT.glob(path.rstrip("/"))):
-                wrong.append(f"{where}: {path}")
+        if re.fullmatch(rf"(?:{'|'.join(TOP)})/[\w./{{}},*-]+", code):
+            wrong += [f"{where}: {path}" for path in expanded(code) if not list(ROOT.glob(path.rstrip("/")))]
     assert not wrong, "\n".join(wrong)
 
 
@@ -69,9 +69,11 @@ def test_tests_that_are_named_exist() -> None:
 def known() -> set[str]:
     """Paths of all settings that a run of some method, or a detector's, has, and of their sections."""
     leaves: set[str] = set(config_io.leaves(DetectConfig(run="a", data={"labeled": "a", "val": "a"})))
+    leaves |= {f"log.mlflow.{name}" for name in MlflowConfig.model_fields}  # null unless they are asked for
+    leaves |= {f"log.wandb.{name}" for name in WandbConfig.model_fields}
     for method, weighting, rule in product(catalogue.names(), ("none", "rank"), catalogue.values("gradients")):
         try:
-            config = config_io.load(f"folder-{method}", [f"weighting={weighting}", f"gradients={rule}"])
+            config = config_io.load(f"folder-{method}", ["data.pools=a", f"weighting={weighting}", f"gradients={rule}"])
         except ConfigError:
             continue
         leaves |= config_io.leaves(config).keys()
