@@ -53,7 +53,8 @@ def rewritten(text: str, path: str) -> str:
 
     parts, end = [], 0
     for code in CODE.finditer(text):
-        parts += [LINK.sub(link, text[end : code.start()]), code[0]]
+        shown = code[0] if code[1] else code[0].replace(r"\|", "|")  # escaped for tables of code hosts, needless here
+        parts += [LINK.sub(link, text[end : code.start()]), shown]
         end = code.end()
     return "".join([*parts, LINK.sub(link, text[end:])])
 

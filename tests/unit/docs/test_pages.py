@@ -145,3 +145,20 @@ def test_modules_of_the_layers_exist() -> None:
         path = Path(*name.split("."))
         if name != "raysemi":
             assert f"`{path.name}" in table or f"`{path.name}.py`" in table, name
+
+
+def test_the_table_of_costs_is_that_of_the_recipes() -> None:
+    text = (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
+    line = (
+        r"^\| (`\w+-\w+`(?:, `[\w-]+`)?) \| ([\d,]+) \| (\d+) \+ (\d+), crop (\d+) \| (\d+) of [^|]+ \| ([\d.]+) \| \|$"
+    )
+    rows = re.findall(line, text, re.MULTILINE)
+    assert len(rows) == 7
+    for recipes, *numbers, hours in rows:
+        steps, labeled, unlabeled, crop, evaluations = (int(number.replace(",", "")) for number in numbers)
+        for recipe in re.findall(r"`([\w-]+)`", recipes):
+            config = config_io.load(recipe)
+            assert (config.train.steps, config.data.crop) == (steps, crop)
+            assert (config.train.batch.labeled, config.train.batch.unlabeled) == (labeled, unlabeled)
+            assert round(steps / config.eval.every) == evaluations
+            assert f"{steps * 0.1 / 3600:.1f}" == hours
