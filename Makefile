@@ -5,7 +5,7 @@ BIN := .venv/bin
 UV := $(BIN)/python -m uv
 INSTALLED := .venv/installed
 
-.PHONY: install demo test soak lint format bench docs audit sbom requirements clean
+.PHONY: install demo test soak lint format bench requirements clean
 
 install: $(INSTALLED)
 
@@ -44,6 +44,7 @@ bench: $(INSTALLED)  ## measurements, one JSON line each; docs/results.md keeps 
 	for method in supervised fixmatch derprop; do $(BIN)/raysemi bench step --method $$method \
 		--backbone tf_efficientnet_lite0 --crop 97 --batch 2 --threads 1 --json || exit 1; done
 
+.PHONY: docs audit sbom
 docs: build/tools/docs/installed  ## the site, build/site; any warning fails
 	NO_MKDOCS_2_WARNING=1 build/tools/docs/bin/mkdocs build --strict --quiet
 
