@@ -195,9 +195,10 @@ def run_ray(words: list[str]) -> None:
     from ray.dashboard.modules.job.cli import job_cli_group
     from ray.scripts.scripts import cli
 
-    if words[:2] == ["job", "submit"]:
-        context = job_cli_group.commands["submit"].make_context("submit", words[2:])
-        check(list(context.params["entrypoint"]))
+    if words[0] == "job":
+        command = job_cli_group.commands[words[1]]
+        if words[2:]:  # not named in passing
+            check(list(command.make_context(words[1], words[2:]).params["entrypoint"]))
     else:
         command = cli.commands[words[0]]
         known = {option for parameter in command.params for option in parameter.opts}
