@@ -9,10 +9,12 @@ INSTALLED := .venv/installed
 
 install: $(INSTALLED)
 
-$(INSTALLED): requirements/all.txt pyproject.toml
+$(BIN)/uv:
 	@test -n "$(PYTHON)" || { echo "Python must be 3.11 or 3.12; got none. Install one, or name it: make PYTHON=/path/to/python install" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade uv
+
+$(INSTALLED): requirements/all.txt pyproject.toml | $(BIN)/uv
 	$(UV) pip install --quiet --python $(BIN)/python --require-hashes -r requirements/all.txt
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@touch $@
@@ -45,10 +47,27 @@ bench: $(INSTALLED)  ## measurements, one JSON line each; docs/results.md keeps 
 	for method in supervised fixmatch derprop; do $(BIN)/raysemi bench step --method $$method \
 		--backbone tf_efficientnet_lite0 --crop 97 --batch 2 --threads 1 --json || exit 1; done
 
-requirements: $(INSTALLED)  ## pin again, without any index address
-	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-		--no-emit-find-links --no-header --no-annotate --extra deepspeed --extra export --extra dev \
-		pyproject.toml -o requirements/all.txt
+.PHONY: docs audit sbom
+docs: build/tools/docs/installed  ## the site, build/site; any warning fails
+	NO_MKDOCS_2_WARNING=1 build/tools/docs/bin/mkdocs build --strict --quiet
+
+audit: build/tools/supply/installed  ## known weaknesses of the pins; asks PyPI, and fails where PyPI does not know a package
+	build/tools/supply/bin/pip-audit --strict --require-hashes --disable-pip --progress-spinner off -r requirements/all.txt
+
+sbom: build/tools/supply/installed  ## build/sbom.json: CycloneDX, the pins with their hashes
+	build/tools/supply/bin/cyclonedx-py requirements --pyproject pyproject.toml --mc-type library --output-reproducible \
+		--of JSON -o build/sbom.json requirements/all.txt
+
+build/tools/%/installed: requirements/%.txt | $(BIN)/uv
+	$(UV) venv --quiet --clear --python $(BIN)/python build/tools/$*
+	$(UV) pip install --quiet --python build/tools/$*/bin/python --require-hashes -r $<
+	@touch $@
+
+PIN := $(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	--no-emit-find-links --no-header --no-annotate
+requirements: | $(BIN)/uv  ## pin again, without any index address
+	$(PIN) --extra deepspeed --extra export --extra dev pyproject.toml -o requirements/all.txt
+	for group in docs supply; do $(PIN) --group $$group -o requirements/$$group.txt || exit 1; done
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -12,8 +12,12 @@ from typing import Any
 
 import yaml
 
-from raysemi.infra.check import faults, render, schemas
-from raysemi.infra.check.objects import Manifests
+try:
+    from raysemi.infra.check import faults, render, schemas
+    from raysemi.infra.check.objects import Manifests
+except ModuleNotFoundError as missing:
+    print(f"error: {missing.name} must be installed; got none. pip install 'raysemi[infra]'", file=sys.stderr)
+    raise SystemExit(2) from None
 
 
 def main(paths: list[str]) -> int:
