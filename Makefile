@@ -66,7 +66,7 @@ build/tools/%/installed: requirements/%.txt | $(BIN)/uv
 PIN := $(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	--no-emit-find-links --no-header --no-annotate
 requirements: | $(BIN)/uv  ## pin again, without any index address
-	$(PIN) --extra deepspeed --extra export --extra dev pyproject.toml -o requirements/all.txt
+	$(PIN) --extra deepspeed --extra export --extra postgres --extra dev pyproject.toml -o requirements/all.txt
 	for group in docs supply; do $(PIN) --group $$group -o requirements/$$group.txt || exit 1; done
 
 clean:
