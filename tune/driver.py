@@ -21,7 +21,7 @@ from raysemi.launch.cluster import Cluster, connected, cores, ctrl_c_wins, refus
 from raysemi.tune import checks
 from raysemi.tune.show import Watch
 from raysemi.tune.spaces import Draw, Space
-from raysemi.tune.study import FILE, Study, begun, best_of, differences, only_driver
+from raysemi.tune.study import FILE, Study, begun, best_of, best_of_each, differences, only_driver
 from raysemi.tune.sweep import SweepConfig, dump
 
 _log = logging.getLogger(__name__)
@@ -107,8 +107,9 @@ def _plan_repeats(repeats: Study, study: Study) -> int:
     """Enqueues the best trials and their recipes, on seeds of their own."""
     repeat = study.sweep.repeat
     first = max(study.space.seeds) + 1
+    chosen = (best_of_each if repeat.of == "method" else best_of)(study.history(), repeat.best)
     for seed in range(first, first + repeat.seeds):
-        for trial in best_of(study.history(), repeat.best):
+        for trial in chosen:
             repeats.enqueue(trial.draw, seed, of=trial.number)
             if repeat.defaults and trial.draw.settings:
                 repeats.enqueue(Draw(trial.draw.cell, {}), seed, of=-1)

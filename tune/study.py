@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -277,6 +278,17 @@ def best_of(trials: list[Trial], count: int = 1) -> list[Trial]:
     """Finished trials with the largest mIoU, best first."""
     finished = [trial for trial in trials if trial.state == "finished" and trial.miou is not None]
     return sorted(finished, key=lambda trial: -(trial.miou or 0.0))[:count]
+
+
+def best_of_each(trials: list[Trial], count: int = 1) -> list[Trial]:
+    """The best of each method; where none of its trials finished, those that got furthest before they were stopped."""
+    found: list[Trial] = []
+    for method in dict.fromkeys(trial.draw.cell.method for trial in trials):
+        own = [trial for trial in trials if trial.draw.cell.method == method]
+        stopped = [one for one in own if one.state == "pruned" and one.miou is not None and math.isfinite(one.miou)]
+        stopped.sort(key=lambda trial: (-trial.step, -(trial.miou or 0.0)))
+        found += best_of(own, count) or stopped[:count]
+    return found
 
 
 def as_text(value: Any) -> str:

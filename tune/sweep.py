@@ -92,6 +92,9 @@ class RepeatConfig(Config):
 
     best: int = Field(1, ge=1)
     """How many of the best."""
+    of: Literal["all", "method"] = "all"
+    """all: the best of all trials. method: the best of each method, with the weighting and gradient rule that it had;
+    where no trial of a method finished, the one that got furthest before it was stopped."""
     seeds: int = Field(0, ge=0)
     """Runs of each; 0 = none."""
     defaults: bool = True
@@ -180,6 +183,15 @@ class SweepConfig(Config):
         if faults:
             raise ConfigError(faults)
         return self
+
+
+def num_repeats(sweep: SweepConfig) -> int:
+    """Repeats of a sweep, at most; a method whose best trial is its recipe needs no second run of it."""
+    repeat = sweep.repeat
+    if sweep.search.name == "grid":
+        return 0
+    groups = len(dict.fromkeys(sweep.methods)) if repeat.of == "method" else 1
+    return groups * repeat.best * repeat.seeds * (2 if repeat.defaults else 1)
 
 
 MAY_CHANGE = ("question", "search.trials", "search.hours", "prune.", "repeat.", "resources.", "storage")

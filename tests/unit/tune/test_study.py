@@ -12,10 +12,10 @@ from ray.tune.search import Searcher
 from sweeps import write_sweep
 
 from raysemi.errors import ConfigError
-from raysemi.tune import checks, sweep
+from raysemi.tune import checks, driver, sweep
 from raysemi.tune.search import Search, scheduler
 from raysemi.tune.spaces import Cell, Draw
-from raysemi.tune.study import Study, Trial, best_of, is_driven, only_driver, read
+from raysemi.tune.study import Study, Trial, best_of, best_of_each, is_driven, only_driver, read
 from raysemi.tune.winner import write_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray's own code
@@ -107,6 +107,38 @@ def test_another_sweep_is_refused_and_more_trials_are_not(tmp_path: Path, scenes
     opened(tmp_path, scenes, "search.trials=50", "prune.name=asha")
     with pytest.raises(ConfigError, match=r"differs in space\.optim\.lr\.high"):
         opened(tmp_path, scenes, "space.optim.lr={low: 0.001, high: 0.2, log: true}")
+
+
+def test_the_best_of_each_method_is_repeated_once(tmp_path: Path, scenes: Path) -> None:
+    study = opened(tmp_path, scenes, "repeat={of: method, seeds: 2}")
+    words = {"s": "supervised", "f": "fixmatch", "d": "derprop"}
+    planned = [("s", 0.01), ("f", 0.01), ("f", 0.02), ("d", 0.01), ("d", 0.02), ("d", 0.03)]
+    for method, lr in planned:
+        study.enqueue(Draw(Cell(words[method], "none", "uniform"), {"optim.lr": lr}), 0)
+    search = searching(study, len(planned))
+    for number in range(len(planned)):
+        search.suggest(str(number))
+    search.on_trial_complete("0", result(6, 31.0, finished=True))
+    search.on_trial_complete("1", result(6, 44.0, finished=True))
+    search.on_trial_complete("2", result(6, 47.0, finished=True))
+    search.on_trial_complete("3", result(2, 50.0))  # all of derprop are stopped early
+    search.on_trial_complete("4", result(4, 33.0))
+    search.on_trial_complete("5", {"step": 0, "failed": "loss must be finite"})
+    assert [trial.number for trial in best_of_each(study.history())] == [0, 2, 4]
+    repeats = Study(study.sweep, study.space, study.folder, "repeats")
+    for _ in range(2):  # planned once, however often a driver begins
+        assert driver._plan_repeats(repeats, study) == sweep.num_repeats(study.sweep) == 12
+    asked = searching(repeats, 12)
+    for number in range(12):
+        asked.suggest(str(number))
+    plan = [(one.of, one.draw.cell.method, one.draw.settings.get("optim.lr"), one.seed) for one in repeats.history()]
+    pairs = [(0, "supervised", 0.01), (2, "fixmatch", 0.02), (4, "derprop", 0.02)]
+    assert plan == [
+        line
+        for seed in (1, 2)
+        for of, method, lr in pairs
+        for line in ((of, method, lr, seed), (-1, method, None, seed))
+    ]
 
 
 def test_a_second_driver_is_refused(tmp_path: Path) -> None:
