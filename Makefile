@@ -44,7 +44,7 @@ bench: $(INSTALLED)  ## measurements, one JSON line each; docs/results.md keeps 
 
 requirements: $(INSTALLED)  ## pin again, without any index address
 	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-		--no-emit-find-links --no-header --no-annotate --extra deepspeed --extra export --extra dev \
+		--no-emit-find-links --no-header --no-annotate --extra deepspeed --extra export --extra postgres --extra dev \
 		pyproject.toml -o requirements/all.txt
 
 clean:

@@ -163,12 +163,13 @@ class SweepConfig(Config):
     @field_validator("storage")
     @classmethod
     def _known_storage(cls, value: str) -> str:
-        if value != "sqlite" and not value.startswith(("postgresql://", "postgresql+")):
-            raise ValueError(f"must be sqlite or a postgresql:// URL; got {value}. Change it.")
-        if ":" in value.partition("://")[2].rpartition("@")[0]:
+        scheme, _, rest = value.partition("://")
+        if ":" in rest.rpartition("@")[0] or "password=" in rest:
             raise ValueError(
                 "must not hold a password, because sweep.yaml is written out; got a URL with one. Set PGPASSWORD."
             )
+        if value != "sqlite" and scheme not in ("postgresql", "postgresql+psycopg"):
+            raise ValueError(f"must be sqlite or a postgresql:// URL; got {value}. Change it.")
         return value
 
     @model_validator(mode="after")
