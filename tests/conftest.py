@@ -11,6 +11,7 @@ import forks
 import pytest
 import torch
 from object_store import CREDENTIALS, Proxy, moto_server
+from postgres import PASSWORD, Server, postgres_server
 
 from raysemi.data.pack import pack
 from raysemi.data.sources.scenes import Scenes
@@ -52,6 +53,22 @@ def s3(moto: str, monkeypatch: pytest.MonkeyPatch) -> str:
     for name in ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     return moto
+
+
+@pytest.fixture(scope="session")
+def postgres_running() -> Iterator[Server]:
+    """A real PostgreSQL server on loopback."""
+    with postgres_server() as server:
+        yield server
+
+
+@pytest.fixture
+def postgres(postgres_running: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
+    """The same, with its password in the environment for the time of a test."""
+    for name in [name for name in os.environ if name.startswith("PG")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PGPASSWORD", PASSWORD)
+    return postgres_running
 
 
 @pytest.fixture

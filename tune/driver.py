@@ -21,7 +21,8 @@ from raysemi.launch.cluster import Cluster, connected, cores, ctrl_c_wins, refus
 from raysemi.tune import checks
 from raysemi.tune.show import Watch
 from raysemi.tune.spaces import Draw, Space
-from raysemi.tune.study import FILE, Study, begun, best_of, differences, only_driver
+from raysemi.tune.storage import answering
+from raysemi.tune.study import FILE, Study, begun, best_of, best_of_each, differences, only_driver
 from raysemi.tune.sweep import SweepConfig, dump
 
 _log = logging.getLogger(__name__)
@@ -76,16 +77,22 @@ def run(sweep: SweepConfig, space: Space, folder: Path, address: str | None = No
         address: Ray cluster to join; None: that of RAY_ADDRESS, else a new one on this machine.
 
     Raises:
+        CheckpointFailure: its database does not answer, or no more.
         KeyboardInterrupt: after Ctrl-C; the same command goes on.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with only_driver(folder), _on_ray(sweep, folder, space, address) as cluster, ctrl_c_wins() as pressed:
+    with (
+        only_driver(folder),
+        answering(sweep),
+        contextlib.closing(Study(sweep, space, folder)) as study,
+        contextlib.closing(Study(sweep, space, folder, "repeats")) as repeats,
+        _on_ray(sweep, folder, space, address) as cluster,
+        ctrl_c_wins() as pressed,
+    ):
         (folder / FILE).write_text(dump(sweep), encoding="utf-8")
-        study = Study(sweep, space, folder)
         limit = _plan(study)
         _go(study, limit, cluster, pressed.is_set)
         if sweep.repeat.seeds and sweep.search.name != "grid":
-            repeats = Study(sweep, space, folder, "repeats")
             _go(repeats, _plan_repeats(repeats, study), cluster, pressed.is_set)
 
 
@@ -107,8 +114,9 @@ def _plan_repeats(repeats: Study, study: Study) -> int:
     """Enqueues the best trials and their recipes, on seeds of their own."""
     repeat = study.sweep.repeat
     first = max(study.space.seeds) + 1
+    chosen = (best_of_each if repeat.of == "method" else best_of)(study.history(), repeat.best)
     for seed in range(first, first + repeat.seeds):
-        for trial in best_of(study.history(), repeat.best):
+        for trial in chosen:
             repeats.enqueue(trial.draw, seed, of=trial.number)
             if repeat.defaults and trial.draw.settings:
                 repeats.enqueue(Draw(trial.draw.cell, {}), seed, of=-1)

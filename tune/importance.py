@@ -9,7 +9,7 @@ from typing import NamedTuple
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from raysemi.tune.study import open_storage, study_name
+from raysemi.tune.study import frozen_trials
 from raysemi.tune.sweep import SweepConfig
 
 LEAST = 4
@@ -32,15 +32,11 @@ class Importance(NamedTuple):
 
 def drawn_trials(folder: Path, sweep: SweepConfig) -> list[FrozenTrial]:
     """Finished trials whose values were drawn, with mIoU as their only value."""
-    try:
-        study = optuna.load_study(study_name=study_name(folder, "trials"), storage=open_storage(sweep, folder))
-    except KeyError:
-        return []
     place = sweep.objectives.index("miou")
     return [
         optuna.create_trial(params=trial.params, distributions=trial.distributions, value=trial.values[place])
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if trial.params
+        for trial in frozen_trials(folder, sweep, "trials")
+        if trial.state == TrialState.COMPLETE and trial.params
     ]
 
 

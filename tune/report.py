@@ -102,6 +102,7 @@ def _page(folder: Path, sweep: SweepConfig, trials: list[Trial], repeats: list[T
     finished = best_of(trials, len(trials))
     again, no_winner = _again(folder, finished)
     rows = results.grid(sweep, trials) if grid else []
+    by_method, by_cell = (results.methods(trials, repeats, grid=grid, by=by) for by in ("method", "cell"))
     left_out: list[tuple[str, str]] = []
 
     def shown(heading: str, content: Any, why_not: str) -> Any:
@@ -134,7 +135,8 @@ def _page(folder: Path, sweep: SweepConfig, trials: list[Trial], repeats: list[T
         fixed=results.fixed(sweep),
         rows=shown("Grid", rows, "the sweep is no grid, it draws its trials."),
         published=any(row.published is not None for row in rows),
-        methods=shown("Methods", results.methods(finished, repeats, grid=grid), none_finished),
+        methods=shown("Methods", by_method, none_finished),
+        cells=by_cell if len(by_cell) > len(by_method) else [],
         repeats=shown("Repeats on new seeds", results.repeated(trials, repeats), _no_repeats(sweep, repeats)),
         history=shown("History", plots.history(trials, series, finished), "no trial has been evaluated yet."),
         importances=shown("Importance", *_importances(folder, sweep)),

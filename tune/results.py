@@ -13,7 +13,7 @@ from typing import Any
 from raysemi.report.html import number
 from raysemi.report.runs import Spread
 from raysemi.tune.spaces import Cell, Draw
-from raysemi.tune.study import Trial, as_text
+from raysemi.tune.study import Trial, as_text, best_of, best_of_each
 from raysemi.tune.sweep import SweepConfig
 
 
@@ -47,10 +47,29 @@ class Repeated:
     """mIoU of the trial itself, for which it was chosen."""
     by_seed: dict[int, float]
     miou: Spread
+    stopped: int | None = None
+    """Step of `first` where the trial was stopped early."""
+    recipe: Spread | None = None
+    """The recipe of its method on the same seeds; None where it is the recipe itself."""
     above: Spread | None = None
-    """Points above the recipe of its method, seed by seed, where both have finished."""
+    """Points above that recipe, seed by seed, where both have finished."""
     wins: int = 0
     """Seeds on which it is above."""
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    """The best of a method."""
+
+    name: str
+    count: int
+    """Finished trials."""
+    best: Trial
+    """Of the trials; one that was stopped early where none finished."""
+    again: Spread | None
+    """Of its repeats, or over a grid's seeds."""
+    repeated: Repeated | None = None
+    """Its repeats; a grid has none."""
 
 
 def settings_of(trial: Trial) -> str:
@@ -136,22 +155,41 @@ def grid(sweep: SweepConfig, trials: Sequence[Trial]) -> list[GridRow]:
     return [replace(row, best=row.miou is not None and row.miou.mean == top) for row in found]
 
 
-def methods(finished: Sequence[Trial], repeats: Sequence[Trial], *, grid: bool) -> list[dict[str, Any]]:
-    """The best of each method with its weighting and gradient rule, best first.
+def methods(trials: Sequence[Trial], repeats: Sequence[Trial], *, grid: bool, by: str = "method") -> list[MethodRow]:
+    """The best of each method, best first.
 
     Args:
-        finished: trials, best first.
+        trials: all of the sweep.
         repeats: on new seeds.
         grid: the seeds are those of the rows themselves; the best row is that of the largest mean.
+        by: method, or cell: each method with its weighting and gradient rule.
     """
-    found: list[dict[str, Any]] = []
-    for cell in dict.fromkeys(trial.draw.cell for trial in finished):
-        own = [trial for trial in finished if trial.draw.cell == cell]
-        spreads = [_spread(one.draw, own if grid else repeats) for one in own]
-        means = [spread.mean if grid and spread else -place for place, spread in enumerate(spreads)]
-        top = means.index(max(means))
-        found.append({"cell": cell, "count": len(own), "best": own[top], "again": spreads[top], "mean": means[top]})
-    return sorted(found, key=lambda one: -one["mean"])
+    again = repeated(trials, repeats)
+    finished = best_of(list(trials), len(trials))
+    found: list[MethodRow] = []
+    for name in dict.fromkeys(_group(trial, by) for trial in trials if trial.draw.cell.method):
+        own = [trial for trial in finished if _group(trial, by) == name]
+        if grid:
+            means = [(spread.mean, one, spread) for one in own if (spread := _spread(one.draw, own)) is not None]
+            if means:
+                _, top, seeds = max(means, key=lambda found: found[0])
+                found.append(MethodRow(name, len(own), top, seeds))
+            continue
+        every = [trial for trial in trials if _group(trial, by) == name]
+        best = own[:1] or (best_of_each(every) if by == "method" else [])
+        if best:
+            one = next((one for one in again if one.draw == best[0].draw), None)
+            found.append(MethodRow(name, len(own), best[0], one.miou if one else None, one))
+    return sorted(found, key=_place)
+
+
+def _group(trial: Trial, by: str) -> str:
+    return trial.draw.cell.method if by == "method" else str(trial.draw.cell)
+
+
+def _place(row: MethodRow) -> tuple[float, float]:
+    """Repeated ones first: their numbers were not chosen for being large."""
+    return (-row.again.mean if row.again else math.inf, -(row.best.miou or 0.0))
 
 
 def repeated(trials: Sequence[Trial], repeats: Sequence[Trial]) -> list[Repeated]:
@@ -168,14 +206,17 @@ def repeated(trials: Sequence[Trial], repeats: Sequence[Trial]) -> list[Repeated
         if not draw.settings:
             recipes[draw.cell] = Repeated(f"{draw.cell}: the recipe", draw, None, by_seed, spread)
         if (first := by_number.get(own[0].of if own[0].of is not None else -1)) is not None:
-            ours.append(Repeated(f"trial {first.number}, {draw.cell}", draw, first.miou, by_seed, spread))
+            stopped = first.step if first.state == "pruned" else None
+            ours.append(Repeated(f"trial {first.number}, {draw.cell}", draw, first.miou, by_seed, spread, stopped))
     compared = []
     for one in ours:
         recipe = recipes.get(one.draw.cell)
-        both = [] if recipe is None or recipe.draw == one.draw else sorted(one.by_seed.keys() & recipe.by_seed.keys())
-        above = [one.by_seed[seed] - recipe.by_seed[seed] for seed in both] if recipe is not None else []
-        wins = sum(points > 0 for points in above)
-        compared.append(Repeated(one.name, one.draw, one.first, one.by_seed, one.miou, Spread.of(above), wins))
+        if recipe is not None and recipe.draw != one.draw:
+            both = sorted(one.by_seed.keys() & recipe.by_seed.keys())
+            above = [one.by_seed[seed] - recipe.by_seed[seed] for seed in both]
+            wins = sum(points > 0 for points in above)
+            one = replace(one, recipe=recipe.miou, above=Spread.of(above), wins=wins)
+        compared.append(one)
     compared.sort(key=lambda one: -one.miou.mean)
     return [*compared, *(recipe for recipe in recipes.values() if all(recipe.draw != one.draw for one in ours))]
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 from typing import Any
 
+from optuna.exceptions import StorageInternalError
 from ray.tune import Callback
 
 from raysemi.launch.terminal import print_table
@@ -46,12 +48,14 @@ class Watch(Callback):
         self._over.set()
         if self._thread is not None:
             self._thread.join()
-            self._live.update(as_table(self._study.history(), self._limit))
+            with contextlib.suppress(StorageInternalError):
+                self._live.update(as_table(self._study.history(), self._limit))
             self._live.stop()
 
     def _follow(self) -> None:
-        while not self._over.wait(_LOOK_S):
-            self._live.update(as_table(self._study.history(), self._limit))
+        with contextlib.suppress(StorageInternalError):  # the main thread meets it too, and tells
+            while not self._over.wait(_LOOK_S):
+                self._live.update(as_table(self._study.history(), self._limit))
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Says which trial begins."""

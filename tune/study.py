@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from typing import Any, Literal
 import optuna
 from optuna.trial import TrialState
 
-from raysemi.errors import CheckpointError, ConfigError
+from raysemi.errors import ConfigError
 from raysemi.tune.spaces import Cell, Draw, Space
+from raysemi.tune.storage import answering, close, open_storage
 from raysemi.tune.sweep import MAY_CHANGE, SweepConfig, dump, parse
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -82,14 +84,24 @@ class Study:
         self.folder = folder
         self.name = name
         self.objectives: list[str] = list(sweep.objectives) if name == "trials" else ["miou"]
-        self.optuna = optuna.create_study(
-            storage=open_storage(sweep, folder),
-            study_name=study_name(folder, name),
-            directions=["maximize" if objective == "miou" else "minimize" for objective in self.objectives],
-            load_if_exists=True,
-        )
-        self._refuse_another()
-        self.optuna.sampler = self._sampler()
+        self._storage = open_storage(sweep, folder)
+        try:
+            with answering(sweep):
+                self.optuna = optuna.create_study(
+                    storage=self._storage,
+                    study_name=study_name(folder, name),
+                    directions=["maximize" if objective == "miou" else "minimize" for objective in self.objectives],
+                    load_if_exists=True,
+                )
+                self._refuse_another()
+                self.optuna.sampler = self._sampler()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Ends the connections to its database."""
+        close(self._storage)
 
     def _refuse_another(self) -> None:
         kept = self.optuna.user_attrs.get("sweep")
@@ -181,33 +193,6 @@ def study_name(folder: Path, name: str) -> str:
     return f"{folder.name}.{name}"
 
 
-def open_storage(sweep: SweepConfig, folder: Path) -> optuna.storages.BaseStorage:
-    """The database.
-
-    Raises:
-        CheckpointError: it does not answer, or its driver is missing.
-    """
-    url = f"sqlite:///{(folder / 'study.db').absolute()}" if sweep.storage == "sqlite" else _by_psycopg(sweep.storage)
-    kept = {"connect_args": {"timeout": 60}} if sweep.storage == "sqlite" else {"pool_pre_ping": True}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return optuna.storages.RDBStorage(url, engine_kwargs=kept)
-    except ImportError as error:
-        raise CheckpointError(
-            f"storage must be a database whose driver is installed; got {sweep.storage}: {error}. "
-            'pip install "raysemi[postgres]"'
-        ) from error
-    except Exception as error:  # SQLAlchemy's own family
-        first = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"storage must answer; got {sweep.storage}: {first}. Check URL and database.") from error
-
-
-def _by_psycopg(url: str) -> str:
-    """SQLAlchemy would take psycopg2 for a URL that names no driver."""
-    return url.replace("postgresql://", "postgresql+psycopg://", 1)
-
-
 def differences(earlier: SweepConfig, now: SweepConfig) -> list[str]:
     """Settings that make it another sweep."""
     from raysemi.config_io import difference
@@ -226,20 +211,25 @@ def read(folder: Path) -> tuple[SweepConfig, list[Trial], list[Trial]]:
 
     Raises:
         ConfigError: no sweep was begun there.
+        CheckpointFailure: its database does not answer.
     """
     sweep = begun(folder)
     if sweep is None:
         raise ConfigError(f"sweep must name the folder of one that was begun; got {folder} without {FILE}. Check it.")
-    storage = open_storage(sweep, folder)
-    found: list[list[Trial]] = []
-    for name in ("trials", "repeats"):
-        try:
-            study = optuna.load_study(study_name=study_name(folder, name), storage=storage, sampler=None)
-        except KeyError:
-            found.append([])
-            continue
-        found.append([_line(trial) for trial in study.get_trials(deepcopy=False)])
+    found = [[_line(trial) for trial in frozen_trials(folder, sweep, name)] for name in ("trials", "repeats")]
     return sweep, *found  # type: ignore[return-value]  # two lists
+
+
+def frozen_trials(folder: Path, sweep: SweepConfig, name: str) -> list[optuna.trial.FrozenTrial]:
+    """The trials of a study as Optuna has them; none where there is no such study yet. Raises as `read`."""
+    storage = open_storage(sweep, folder)
+    try:
+        with answering(sweep):
+            return optuna.load_study(study_name=study_name(folder, name), storage=storage).get_trials(deepcopy=False)
+    except KeyError:
+        return []
+    finally:
+        close(storage)
 
 
 @contextlib.contextmanager
@@ -277,6 +267,17 @@ def best_of(trials: list[Trial], count: int = 1) -> list[Trial]:
     """Finished trials with the largest mIoU, best first."""
     finished = [trial for trial in trials if trial.state == "finished" and trial.miou is not None]
     return sorted(finished, key=lambda trial: -(trial.miou or 0.0))[:count]
+
+
+def best_of_each(trials: list[Trial], count: int = 1) -> list[Trial]:
+    """The best of each method; where none of its trials finished, those that got furthest before they were stopped."""
+    found: list[Trial] = []
+    for method in dict.fromkeys(trial.draw.cell.method for trial in trials):
+        own = [trial for trial in trials if trial.draw.cell.method == method]
+        stopped = [one for one in own if one.state == "pruned" and one.miou is not None and math.isfinite(one.miou)]
+        stopped.sort(key=lambda trial: (-trial.step, -(trial.miou or 0.0)))
+        found += best_of(own, count) or stopped[:count]
+    return found
 
 
 def as_text(value: Any) -> str:

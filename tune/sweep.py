@@ -92,6 +92,9 @@ class RepeatConfig(Config):
 
     best: int = Field(1, ge=1)
     """How many of the best."""
+    of: Literal["all", "method"] = "all"
+    """all: the best of all trials. method: the best of each method, with the weighting and gradient rule that it had;
+    where no trial of a method finished, the one that got furthest before it was stopped."""
     seeds: int = Field(0, ge=0)
     """Runs of each; 0 = none."""
     defaults: bool = True
@@ -160,12 +163,13 @@ class SweepConfig(Config):
     @field_validator("storage")
     @classmethod
     def _known_storage(cls, value: str) -> str:
-        if value != "sqlite" and not value.startswith(("postgresql://", "postgresql+")):
-            raise ValueError(f"must be sqlite or a postgresql:// URL; got {value}. Change it.")
-        if ":" in value.partition("://")[2].rpartition("@")[0]:
+        scheme, _, rest = value.partition("://")
+        if ":" in rest.rpartition("@")[0] or "password=" in rest:
             raise ValueError(
                 "must not hold a password, because sweep.yaml is written out; got a URL with one. Set PGPASSWORD."
             )
+        if value != "sqlite" and scheme not in ("postgresql", "postgresql+psycopg"):
+            raise ValueError(f"must be sqlite or a postgresql:// URL; got {value}. Change it.")
         return value
 
     @model_validator(mode="after")
@@ -180,6 +184,15 @@ class SweepConfig(Config):
         if faults:
             raise ConfigError(faults)
         return self
+
+
+def num_repeats(sweep: SweepConfig) -> int:
+    """Repeats of a sweep, at most; a method whose best trial is its recipe needs no second run of it."""
+    repeat = sweep.repeat
+    if sweep.search.name == "grid":
+        return 0
+    groups = len(dict.fromkeys(sweep.methods)) if repeat.of == "method" else 1
+    return groups * repeat.best * repeat.seeds * (2 if repeat.defaults else 1)
 
 
 MAY_CHANGE = ("question", "search.trials", "search.hours", "prune.", "repeat.", "resources.", "storage")

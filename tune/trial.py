@@ -24,6 +24,7 @@ def train(work: dict[str, Any]) -> None:
     import torch
     from ray import tune
 
+    from raysemi.data.kept import keep_indexes
     from raysemi.launch.train import launch, may_go_better
 
     if work.get("refused"):
@@ -46,7 +47,8 @@ def train(work: dict[str, Any]) -> None:
             tune.report({**numbers(step), "miou": metrics["eval/miou"]})
 
     try:
-        result = launch(config, on_log)
+        with keep_indexes():  # of the trials before this one in its process
+            result = launch(config, on_log)
     except Exception as error:
         own = isinstance(error, RaysemiError)
         if own and may_go_better(error):

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from raysemi.cli.options import Json
 from raysemi.launch.terminal import print_table
+
+if TYPE_CHECKING:
+    from raysemi.tune.spaces import Space
+    from raysemi.tune.sweep import SweepConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -103,12 +107,7 @@ def best(
     print(f"recipe: {recipe.file}\n{command(recipe)}")
 
 
-def _announce(config: object, space: object) -> None:
-    from raysemi.tune.spaces import Space
-    from raysemi.tune.sweep import SweepConfig
-
-    assert isinstance(config, SweepConfig)
-    assert isinstance(space, Space)
+def _announce(config: SweepConfig, space: Space) -> None:
     if config.question:
         print(config.question)
     print(f"methods: {', '.join(str(cell) for cell in space.bases)}")
@@ -121,5 +120,15 @@ def _announce(config: object, space: object) -> None:
         print_table(["row", "settings"], [[label, " ".join(space.overrides(draw))] for label, draw in space.grid])
     else:
         hours = f", at most {search.hours:g} hours" if search.hours else ""
-        again = f"; the best {config.repeat.best} again on {config.repeat.seeds} seeds" if config.repeat.seeds else ""
-        print(f"{search.trials} trials by {search.name}{hours}; stopped early by: {config.prune.name}{again}")
+        print(f"{search.trials} trials by {search.name}{hours}; stopped early by: {config.prune.name}{_again(config)}")
+
+
+def _again(config: SweepConfig) -> str:
+    from raysemi.tune.sweep import num_repeats
+
+    repeat = config.repeat
+    if not repeat.seeds:
+        return ""
+    each = " of each method" if repeat.of == "method" else ""
+    beside = ", beside their recipes" if repeat.defaults else ""
+    return f"; the best {repeat.best}{each} again on {repeat.seeds} seeds{beside}: at most {num_repeats(config)} runs"

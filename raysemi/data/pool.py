@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from pyarrow import fs
 
 from raysemi.bounded import parse_json
+from raysemi.data.kept import open_kept
 from raysemi.data.limits import LARGEST_POOL_FILE
 from raysemi.data.rows import INDEX_SCHEMA, Rows, whole_shards, write_rows
 from raysemi.data.store import NOT_THERE, StoreConfig, open_store, unreadable
@@ -185,13 +186,16 @@ class Pool:
             DataError: it is missing, broken, or not the one that was written with this `pool.json`.
         """
         return Rows(
-            lambda: self.filesystem.open_input_file(f"{self.folder}/{INDEX_FILE}"),
+            lambda: open_kept(self._open_index_file, self.index_sha256),
             f"{self.path}/{INDEX_FILE}",
             self.shards,
             self.shard_rows,
             self.index_sha256,
             self._index_footer_sha256,
         )
+
+    def _open_index_file(self) -> pa.NativeFile:
+        return self.filesystem.open_input_file(f"{self.folder}/{INDEX_FILE}")
 
     def open_index(self) -> None:
         """Open the index now, so that what is wrong with it shows. Raises as `rows`."""

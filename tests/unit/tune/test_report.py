@@ -274,15 +274,50 @@ def test_repeats_stand_beside_the_defaults_on_the_same_seeds(both):
             ", ".join(f"{seed}: {miou:.1f}" for seed, miou in zip((5, 6, 7), theirs, strict=True)),
         ],
     ]
-    by_cell = {row[0]: row for row in outline.rows["methods"][1:]}
-    assert len(by_cell) == 4
-    first = max(
-        (one for one in both[0].study().trials if one.values and one.user_attrs["cell"] == list(best.draw.cell)),
-        key=lambda one: one.value,
-    )
-    repeats = ours if first.number == best.number else theirs  # the recipe may be the best of its method
-    assert by_cell[cell][-2:] == [f"{first.value:.1f}", f"{spread(repeats)} × 3"]
-    assert [row[-1] for name, row in by_cell.items() if name != cell] == ["not repeated"] * 3
+
+
+def test_the_best_of_each_method_stands_beside_its_recipe(both):
+    made, (best, ours, theirs), (_, outline, _, _) = both
+    points = [mine - other for mine, other in zip(ours, theirs, strict=True)]
+    rows = outline.rows["methods"]
+    heads = [place for place, row in enumerate(rows) if row[0].startswith("Method")]
+    tables = {"method": rows[1 : heads[1]], "cell": rows[heads[1] + 1 :]}
+    assert [len(table) for table in tables.values()] == [2, 4]
+    finished = [one for one in made.study().trials if one.values]
+    for by, table in tables.items():
+        for name, count, top, _, miou, *again in table:
+            cells = [cell for cell in made.space.bases if name == (cell.method if by == "method" else str(cell))]
+            own = [one for one in finished if Cell(*one.user_attrs["cell"]) in cells]
+            first = max(own, key=lambda one: one.value)
+            assert (count, top.partition(",")[0]) == (str(len(own)), f"trial {first.number}")
+            assert miou == f"{first.value:.1f}"
+            if first.number == best.number:
+                assert again == [f"{spread(ours)} × 3", spread(theirs), f"+{spread(points)}"]
+            elif Cell(*first.user_attrs["cell"]) == best.draw.cell and not first.user_attrs["settings"]:
+                assert again == [f"{spread(theirs)} × 3", "–", "–"]  # the recipe is its best
+            else:
+                assert again == ["not repeated", "–", "–"]
+    assert any(f"trial {best.number}" in row[2] for row in tables["method"])
+
+
+def test_a_method_whose_trials_were_all_stopped_shows_how_far_it_got(tmp_path):
+    made = Sweep(tmp_path / "stopped", TWO_METHODS)
+    number, _ = made.add(given=(("derprop", "none", "uniform"), {"method.order": 2}), miou=51.0)
+    far = (("fixmatch", "none", "uniform"), {"method.threshold": 0.7})
+    stopped = [made.add("pruned", given=far, curve=[[100, 30.0], [200, 41.5]], reason="stopped at step 200")[0]]
+    made.add("pruned", given=(far[0], {"method.threshold": 0.8}), curve=[[100, 44.0]], reason="stopped at step 100")
+    for seed in (5, 6):
+        made.add(to="repeats", given=far, seed=seed, of=stopped[0], miou=40.0 + seed)
+        made.add(to="repeats", given=(far[0], {}), seed=seed, of=-1, miou=44.0)
+    _, outline, _, _ = written(made.folder)
+    assert [[*row[:3], *row[4:]] for row in outline.rows["methods"][1:]] == [
+        [
+            *("fixmatch", "0", f"trial {stopped[0]}", "41.5 (stopped at step 200)"),
+            *(f"{spread([45, 46])} × 2", "44.0", f"+{spread([1, 2])}"),
+        ],
+        ["derprop", "1", f"trial {number}", "51.0", "not repeated", "–", "–"],
+    ]
+    assert outline.rows["repeats"][1][:2] == [f"trial {stopped[0]}, fixmatch", "41.5 (stopped at step 200)"]
 
 
 def test_importance_is_optuna_s_over_drawn_trials(both):

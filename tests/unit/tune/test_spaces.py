@@ -133,6 +133,9 @@ def test_rows_are_a_grid_of_their_own(tmp_path: Path, scenes: Path) -> None:
         (["methods=[supervised]", "weightings=[rank]"], "weightings and gradients must go with one of the methods"),
         (["resources.gpus=0.5", "resources.workers=2"], "gpus must be 0 or 1 with several workers"),
         (["storage=postgresql://me:word@host/db"], "must not hold a password"),
+        (["storage=postgresql://me@host/db?password=word"], "must not hold a password"),
+        (["storage=postgres://me:word@host/db"], "must not hold a password"),
+        (["storage=postgresql+asyncpg://host/db"], "must be sqlite or a postgresql:// URL"),
         (["storage=mysql://host"], "must be sqlite or a postgresql:// URL"),
     ],
 )

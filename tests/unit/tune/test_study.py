@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +15,41 @@ from ray.tune.search import Searcher
 from sweeps import write_sweep
 
 from raysemi.errors import ConfigError
-from raysemi.tune import checks, sweep
+from raysemi.tune import checks, driver, sweep
 from raysemi.tune.search import Search, scheduler
 from raysemi.tune.spaces import Cell, Draw
-from raysemi.tune.study import Study, Trial, best_of, is_driven, only_driver, read
+from raysemi.tune.study import Study, Trial, best_of, best_of_each, is_driven, only_driver, read
 from raysemi.tune.winner import write_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray's own code
 
 
+Opened = Callable[..., Study]
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def opened(request: pytest.FixtureRequest, tmp_path: Path, scenes: Path) -> Iterator[Opened]:
+    """opened("a.b=value", ...) -> the study of a sweep, as each start of its driver opens it."""
+    storage = "sqlite"
+    if request.param == "postgresql":
+        storage = request.getfixturevalue("postgres").database(f"{tmp_path.name}-{time.time_ns()}")
+
+    def open_study(*overrides: str) -> Study:
+        config = sweep.load(write_sweep(tmp_path, scenes), [f"storage={storage}", *overrides])
+        (tmp_path / "sweep").mkdir(exist_ok=True)
+        (tmp_path / "sweep" / "sweep.yaml").write_text(sweep.dump(config))
+        studies.append(Study(config, checks.build(config, tried=False), tmp_path / "sweep"))
+        return studies[-1]
+
+    studies: list[Study] = []
+    yield open_study
+    for study in studies:
+        study.close()
+
+
 @pytest.fixture
-def study(tmp_path: Path, scenes: Path) -> Study:
-    return opened(tmp_path, scenes)
-
-
-def opened(folder: Path, pools: Path, *overrides: str) -> Study:
-    config = sweep.load(write_sweep(folder, pools), overrides)
-    (folder / "sweep").mkdir(exist_ok=True)
-    (folder / "sweep" / "sweep.yaml").write_text(sweep.dump(config))
-    return Study(config, checks.build(config), folder / "sweep")
+def study(opened: Opened) -> Study:
+    return opened()
 
 
 def searching(study: Study, limit: int) -> Search:
@@ -71,14 +90,14 @@ def test_every_end_of_a_trial_has_its_state_and_reason(study: Study) -> None:
     assert best_of(study.history(), 3) == [first]
 
 
-def test_a_new_driver_takes_up_what_was_running(tmp_path: Path, scenes: Path) -> None:
-    before = opened(tmp_path, scenes)
+def test_a_new_driver_takes_up_what_was_running(opened: Opened) -> None:
+    before = opened()
     search = searching(before, 4)
     given = {name: search.suggest(name) for name in "abc"}
     search.on_trial_result("b", result(2, 33.0))
     search.on_trial_complete("a", result(6, 40.0, finished=True))
     # its driver dies; another one comes
-    after = opened(tmp_path, scenes)
+    after = opened()
     search = searching(after, 4)
     again = [search.suggest(name) for name in "xyz"]
     assert again[:2] == [given["b"], given["c"]]  # the same numbers with the same draws
@@ -92,21 +111,52 @@ def test_a_new_driver_takes_up_what_was_running(tmp_path: Path, scenes: Path) ->
     assert all(one != other for i, one in enumerate(drawn) for other in drawn[:i])
 
 
-def test_what_is_planned_is_planned_once(tmp_path: Path, scenes: Path) -> None:
+def test_what_is_planned_is_planned_once(opened: Opened) -> None:
     draw = Draw(Cell("fixmatch", "none", "uniform"), {"optim.lr": 0.02})
     for _ in range(2):
-        study = opened(tmp_path, scenes)
+        study = opened()
         study.enqueue(draw, 5, label="a row")
     assert states(study) == ["waiting"]
     assert searching(study, 1).suggest("a")["draw"] == draw
     assert (study.history()[0].seed, study.history()[0].label) == (5, "a row")
 
 
-def test_another_sweep_is_refused_and_more_trials_are_not(tmp_path: Path, scenes: Path) -> None:
-    opened(tmp_path, scenes)
-    opened(tmp_path, scenes, "search.trials=50", "prune.name=asha")
+def test_another_sweep_is_refused_and_more_trials_are_not(opened: Opened) -> None:
+    opened()
+    opened("search.trials=50", "prune.name=asha")
     with pytest.raises(ConfigError, match=r"differs in space\.optim\.lr\.high"):
-        opened(tmp_path, scenes, "space.optim.lr={low: 0.001, high: 0.2, log: true}")
+        opened("space.optim.lr={low: 0.001, high: 0.2, log: true}")
+
+
+def test_the_best_of_each_method_is_repeated_once(opened: Opened) -> None:
+    study = opened("repeat={of: method, seeds: 2}")
+    words = {"s": "supervised", "f": "fixmatch", "d": "derprop"}
+    planned = [("s", 0.01), ("f", 0.01), ("f", 0.02), ("d", 0.01), ("d", 0.02), ("d", 0.03)]
+    for method, lr in planned:
+        study.enqueue(Draw(Cell(words[method], "none", "uniform"), {"optim.lr": lr}), 0)
+    search = searching(study, len(planned))
+    for number in range(len(planned)):
+        search.suggest(str(number))
+    search.on_trial_complete("0", result(6, 31.0, finished=True))
+    search.on_trial_complete("1", result(6, 44.0, finished=True))
+    search.on_trial_complete("2", result(6, 47.0, finished=True))
+    search.on_trial_complete("3", result(2, 50.0))  # all of derprop are stopped early
+    search.on_trial_complete("4", result(4, 33.0))
+    search.on_trial_complete("5", {"step": 0, "failed": "loss must be finite"})
+    assert [trial.number for trial in best_of_each(study.history())] == [0, 2, 4]
+    with contextlib.closing(Study(study.sweep, study.space, study.folder, "repeats")) as repeats:
+        for _ in range(2):  # planned once, however often a driver begins
+            assert driver._plan_repeats(repeats, study) == sweep.num_repeats(study.sweep) == 12
+        plan = [
+            (one.of, one.draw.cell.method, one.draw.settings.get("optim.lr"), one.seed) for one in repeats.history()
+        ]
+    pairs = [(0, "supervised", 0.01), (2, "fixmatch", 0.02), (4, "derprop", 0.02)]
+    assert plan == [
+        line
+        for seed in (1, 2)
+        for of, method, lr in pairs
+        for line in ((of, method, lr, seed), (-1, method, None, seed))
+    ]
 
 
 def test_a_second_driver_is_refused(tmp_path: Path) -> None:
@@ -118,8 +168,8 @@ def test_a_second_driver_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["asha", "median"])
-def test_a_scheduler_knows_what_earlier_starts_have_seen(tmp_path: Path, scenes: Path, name: str) -> None:
-    study = opened(tmp_path, scenes, f"prune.name={name}", "prune.grace=2")
+def test_a_scheduler_knows_what_earlier_starts_have_seen(opened: Opened, name: str) -> None:
+    study = opened(f"prune.name={name}", "prune.grace=2")
     search = searching(study, 12)
     for number in range(4):
         search.suggest(str(number))
@@ -138,8 +188,8 @@ def test_a_scheduler_knows_what_earlier_starts_have_seen(tmp_path: Path, scenes:
     assert judged(60.0) == TrialScheduler.CONTINUE
 
 
-def test_the_winner_is_a_recipe(tmp_path: Path, scenes: Path) -> None:
-    study = opened(tmp_path, scenes)
+def test_the_winner_is_a_recipe(opened: Opened) -> None:
+    study = opened()
     search = searching(study, 3)
     for number, miou in enumerate((31.0, 44.0, 38.0)):
         search.suggest(str(number))
@@ -154,8 +204,8 @@ def test_the_winner_is_a_recipe(tmp_path: Path, scenes: Path) -> None:
         write_recipe(study.folder, number=3)
 
 
-def test_reading_changes_nothing(tmp_path: Path, scenes: Path) -> None:
-    study = opened(tmp_path, scenes)
+def test_reading_changes_nothing(opened: Opened, tmp_path: Path) -> None:
+    study = opened()
     searching(study, 2).suggest("a")
     config, trials, repeats = read(study.folder)
     assert (config, repeats) == (study.sweep, [])
