@@ -179,9 +179,10 @@ def _free_port() -> int:
 
 
 def _rank(rank: int, ranks: int, port: int, settings: StepSettings, turns: int, barrier: Any, results: Any) -> None:
+    os.environ["LOCAL_RANK"] = str(rank)  # first: each rank's own GPU
     alone = StepBench(settings.config(), settings.threads)
     os.environ |= {
-        "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank),
+        "RANK": str(rank), "WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     counting = Counting(distributed.join())
