@@ -54,12 +54,12 @@ def main() -> None:
             subprocess.run([*line, "--out", str(folder)], check=True, env=os.environ, stdout=sys.stderr)
             curves[name].append(best_so_far(folder, given.trials))
     print(json.dumps({"sweep": given.sweep, "overrides": given.overrides, "best_so_far": curves}))
-    print("| best mIoU after | " + " | ".join(SEARCHES) + " | tpe above random, by seed |")
+    print("| trials | best mIoU so far, " + " | ".join(SEARCHES) + " | tpe above random, by seed |")
     print("|---" * (len(SEARCHES) + 2) + "|")
     for count in dict.fromkeys((*(n for n in (1, 3, 6, 12, 24, 48) if n < given.trials), given.trials)):
         at = {name: [curve[count - 1] for curve in of_seeds] for name, of_seeds in curves.items()}
         above = ", ".join(f"{ours - other:+.2f}" for ours, other in zip(at["tpe"], at["random"], strict=True))
-        print(f"| {count} trials | " + " | ".join(mean_and_spread(values) for values in at.values()) + f" | {above} |")
+        print(f"| {count} | " + " | ".join(mean_and_spread(values) for values in at.values()) + f" | {above} |")
 
 
 if __name__ == "__main__":
