@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from raysemi import catalogue, config_io
-from raysemi.config import RunConfig
+from raysemi.config import RunConfig, check_world
 from raysemi.config_faults import did_you_mean
 from raysemi.errors import ConfigError, DataError
 from raysemi.launch.restore import open_pools
@@ -44,12 +44,11 @@ def build(sweep: SweepConfig, *, tried: bool = True) -> Space:
     if faults:
         raise ConfigError(faults)
     empty = Space(sweep.recipes, sweep.set, {}, (), tuple(sweep.rows), tuple(sweep.seeds))
-    ray = _ray(sweep)
     bases: dict[Cell, Mapping[str, Any]] = {}
     configs: list[RunConfig] = []
     for cell in _cells(sweep):
         try:
-            config = empty.config(Draw(cell, {}), "run=run", *ray)
+            config = _config(empty, Draw(cell, {}), sweep)
         except ConfigError as error:
             faults += error.faults
             continue
@@ -82,15 +81,19 @@ def build(sweep: SweepConfig, *, tried: bool = True) -> Space:
             open_pools(config)
         except (ConfigError, DataError) as error:
             faults += [str(error)] if isinstance(error, DataError) else list(error.faults)
-    faults += _refused_values(space, ray) if tried and not faults else []
-    faults += _refused_draws(space, sweep, ray) if tried and not faults else []
+    faults += _refused_values(space, sweep) if tried and not faults else []
+    faults += _refused_draws(space, sweep) if tried and not faults else []
     if faults:
         raise ConfigError(list(dict.fromkeys(faults)))
     return space
 
 
-def _ray(sweep: SweepConfig) -> list[str]:
-    return [f"ray={{num_workers: {sweep.resources.workers}}}"]
+def _config(space: Space, draw: Draw, sweep: SweepConfig) -> RunConfig:
+    """A trial's, for as many ranks as it will have. Raises ConfigError."""
+    workers = sweep.resources.workers
+    config = space.config(draw, "run=run", f"ray={{num_workers: {workers}}}")
+    check_world(config, workers, gpu=sweep.resources.gpus > 0)
+    return config
 
 
 def _wrong_names(sweep: SweepConfig) -> Iterator[str]:
@@ -254,7 +257,7 @@ def _pruned_at_all(sweep: SweepConfig, configs: Sequence[RunConfig]) -> Iterator
             )
 
 
-def _refused_values(space: Space, ray: Sequence[str]) -> Iterator[str]:
+def _refused_values(space: Space, sweep: SweepConfig) -> Iterator[str]:
     """What the config says of each parameter's ends."""
     for parameter in space.parameters:
         met = {path: values[0] for path, values in parameter.requires.items() if path.rpartition(".")[2] != "name"}
@@ -264,17 +267,17 @@ def _refused_values(space: Space, ray: Sequence[str]) -> Iterator[str]:
             along = parameter.beside.get(value, {}) if isinstance(value, str) else {}
             needed = {path: other for path, other in met.items() if path not in space.fixed}
             try:
-                space.config(Draw(cell, {**needed, **along, parameter.path: value}), "run=run", *ray)
+                _config(space, Draw(cell, {**needed, **along, parameter.path: value}), sweep)
             except ConfigError as error:
                 yield f"space.{parameter.name} must hold what the config takes; got {short(value)}: {error.faults[0]}"
 
 
-def _refused_draws(space: Space, sweep: SweepConfig, ray: Sequence[str]) -> Iterator[str]:
+def _refused_draws(space: Space, sweep: SweepConfig) -> Iterator[str]:
     """What the config says of whole trials: all of a grid, otherwise some."""
     draws = [draw for _, draw in space.grid] if sweep.search.name == "grid" else _sampled(space)
     for draw in draws:
         try:
-            config = space.config(draw, "run=run", *ray)
+            config = _config(space, draw, sweep)
             if space.rows:  # each may ask for other data
                 open_pools(config)
         except ConfigError as error:

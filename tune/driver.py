@@ -81,19 +81,18 @@ def run(sweep: SweepConfig, space: Space, folder: Path, address: str | None = No
         KeyboardInterrupt: after Ctrl-C; the same command goes on.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (
-        only_driver(folder),
-        answering(sweep),
-        contextlib.closing(Study(sweep, space, folder)) as study,
-        contextlib.closing(Study(sweep, space, folder, "repeats")) as repeats,
-        _on_ray(sweep, folder, space, address) as cluster,
-        ctrl_c_wins() as pressed,
-    ):
+    with only_driver(folder), answering(sweep):
         (folder / FILE).write_text(dump(sweep), encoding="utf-8")
-        limit = _plan(study)
-        _go(study, limit, cluster, pressed.is_set)
-        if sweep.repeat.seeds and sweep.search.name != "grid":
-            _go(repeats, _plan_repeats(repeats, study), cluster, pressed.is_set)
+        with (
+            contextlib.closing(Study(sweep, space, folder)) as study,
+            contextlib.closing(Study(sweep, space, folder, "repeats")) as repeats,
+            _on_ray(sweep, folder, space, address) as cluster,
+            ctrl_c_wins() as pressed,
+        ):
+            limit = _plan(study)
+            _go(study, limit, cluster, pressed.is_set)
+            if sweep.repeat.seeds and sweep.search.name != "grid":
+                _go(repeats, _plan_repeats(repeats, study), cluster, pressed.is_set)
 
 
 def _plan(study: Study) -> int:

@@ -77,7 +77,7 @@ class Search(OptunaSearch):
                 trial.set_user_attr("curve", sorted([*curve.items(), (result["step"], result["miou"])]))
                 if len(self._study.objectives) == 1:
                     trial.report(result["miou"], result["step"])
-        for name in ("hours", "first_step_s", "result"):
+        for name in ("hours", "first_step_s"):
             if name in result:
                 trial.set_user_attr(name, result[name])
 

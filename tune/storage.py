@@ -9,30 +9,64 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import sqlalchemy
+import sqlalchemy.exc
 
 from raysemi.errors import CheckpointError, CheckpointFailure
 from raysemi.tune.sweep import SweepConfig
 
+_FILE = "study.db"
 _CONNECT_S = 15
 """For a server to answer, unless the URL says how long (`?connect_timeout=60`)."""
 
 
 def open_storage(sweep: SweepConfig, folder: Path) -> optuna.storages.RDBStorage:
-    """The database; `close` ends its connections.
+    """The database, with the tables that it lacked; `close` ends its connections.
 
     Raises:
         CheckpointFailure: it does not answer.
         CheckpointError: its driver is missing.
     """
-    url = f"sqlite:///{(folder / 'study.db').absolute()}" if sweep.storage == "sqlite" else _by_psycopg(sweep.storage)
-    settings: dict[str, Any] = {"connect_args": {"timeout": 60}}
-    if sweep.storage != "sqlite":
-        patience = {} if "connect_timeout=" in url else {"connect_timeout": _CONNECT_S}
-        settings = {"connect_args": patience, "pool_pre_ping": True}
+    url, settings = _where(sweep, folder)
+    with _at_work(sweep), warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.storages.RDBStorage(url, engine_kwargs=settings)
+
+
+def is_made(sweep: SweepConfig, folder: Path) -> bool:
+    """Whether a driver has made the tables, of which this is the last. Two processes would be in each other's way.
+
+    Raises as `open_storage`.
+    """
+    if sweep.storage == "sqlite" and not (folder / _FILE).is_file():
+        return False  # looking would make it
+    url, settings = _where(sweep, folder)
+    with _at_work(sweep):
+        engine = sqlalchemy.create_engine(url, **settings)
+        try:
+            with engine.connect() as connection:
+                if not sqlalchemy.inspect(connection).has_table("alembic_version"):
+                    return False
+                return connection.scalar(sqlalchemy.text("SELECT version_num FROM alembic_version")) is not None
+        finally:
+            engine.dispose()
+
+
+def _where(sweep: SweepConfig, folder: Path) -> tuple[str, dict[str, Any]]:
+    """URL and settings for SQLAlchemy."""
+    if sweep.storage == "sqlite":
+        return f"sqlite:///{(folder / _FILE).absolute()}", {"connect_args": {"timeout": 60}}
+    # SQLAlchemy would take psycopg2 for a URL that names no driver
+    url = sweep.storage.replace("postgresql://", "postgresql+psycopg://", 1)
+    patience = {} if "connect_timeout=" in url else {"connect_timeout": _CONNECT_S}
+    return url, {"connect_args": patience, "pool_pre_ping": True}
+
+
+@contextlib.contextmanager
+def _at_work(sweep: SweepConfig) -> Iterator[None]:
     try:
-        with answering(sweep), warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return optuna.storages.RDBStorage(url, engine_kwargs=settings)
+        with answering(sweep):
+            yield
     except ImportError as error:
         raise CheckpointError(
             f"storage must be a database whose driver is installed; got {sweep.storage}: {error}. "
@@ -66,13 +100,6 @@ def answering(sweep: SweepConfig) -> Iterator[None]:
 
 
 def _of_database(error: BaseException | None) -> BaseException | None:
-    from sqlalchemy.exc import SQLAlchemyError
-
-    while error is not None and not isinstance(error, SQLAlchemyError):
+    while error is not None and not isinstance(error, sqlalchemy.exc.SQLAlchemyError):
         error = error.__cause__ or error.__context__
     return error
-
-
-def _by_psycopg(url: str) -> str:
-    """SQLAlchemy would take psycopg2 for a URL that names no driver."""
-    return url.replace("postgresql://", "postgresql+psycopg://", 1)

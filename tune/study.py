@@ -20,7 +20,7 @@ from optuna.trial import TrialState
 
 from raysemi.errors import ConfigError
 from raysemi.tune.spaces import Cell, Draw, Space
-from raysemi.tune.storage import answering, close, open_storage
+from raysemi.tune.storage import answering, close, is_made, open_storage
 from raysemi.tune.sweep import MAY_CHANGE, SweepConfig, dump, parse
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -62,8 +62,6 @@ class Trial:
     """From its start to its first step."""
     reason: str | None
     """Why it failed or was stopped."""
-    result: Mapping[str, Any]
-    """`result.json` of a finished one."""
     params: Mapping[str, Any]
     """What Optuna drew, by parameter."""
 
@@ -183,7 +181,6 @@ def _line(trial: optuna.trial.FrozenTrial) -> Trial:
         seconds=noted.get("seconds", 0.0),
         first_step_s=noted.get("first_step_s"),
         reason=noted.get("reason"),
-        result=noted.get("result", {}),
         params=trial.params,
     )
 
@@ -222,6 +219,8 @@ def read(folder: Path) -> tuple[SweepConfig, list[Trial], list[Trial]]:
 
 def frozen_trials(folder: Path, sweep: SweepConfig, name: str) -> list[optuna.trial.FrozenTrial]:
     """The trials of a study as Optuna has them; none where there is no such study yet. Raises as `read`."""
+    if not is_made(sweep, folder):
+        return []
     storage = open_storage(sweep, folder)
     try:
         with answering(sweep):

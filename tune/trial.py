@@ -58,7 +58,7 @@ def train(work: dict[str, Any]) -> None:
         reason = " ".join((str(error) if own else f"{type(error).__name__}: {error}").split())
         tune.report({**numbers(0), "failed": reason})
         return
-    tune.report({**numbers(result["steps"]), "miou": result["miou"], "finished": True, "result": result})
+    tune.report({**numbers(result["steps"]), "miou": result["miou"], "finished": True})
 
 
 def _of_steps(config: RunConfig, step: int, metrics: dict[str, float]) -> float:

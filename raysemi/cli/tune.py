@@ -129,6 +129,7 @@ def _again(config: SweepConfig) -> str:
     repeat = config.repeat
     if not repeat.seeds:
         return ""
+    seeds = "a new seed" if repeat.seeds == 1 else f"{repeat.seeds} new seeds"
     each = " of each method" if repeat.of == "method" else ""
     beside = ", beside their recipes" if repeat.defaults else ""
-    return f"; the best {repeat.best}{each} again on {repeat.seeds} seeds{beside}: at most {num_repeats(config)} runs"
+    return f"; the best {repeat.best}{each} again on {seeds}{beside}: at most {num_repeats(config)} runs"

@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -30,6 +31,8 @@ from raysemi.errors import ConfigError, RaysemiError
 
 _log = logging.getLogger(__name__)
 
+_SERVER = "RAY_API_SERVER_ADDRESS"
+"""Where Ray's processes ask what is running, such as whether a controller of Ray Train is alive."""
 _OBJECT_STORE_BYTES = 256 << 20
 """Nothing large travels through Ray here; its default, a third of the memory in /dev/shm, fails in small containers."""
 
@@ -66,14 +69,25 @@ def connected(config: RayConfig, *, dashboard: bool = False) -> Iterator[Cluster
     set_authentication(own)
     import ray
 
+    with _dashboard(started=own and dashboard) as settings:
+        _init(config, address, own=own, **settings)
+        try:
+            yield Cluster(own, here=own or _single_node())
+        finally:
+            ray.shutdown()
+
+
+def _init(config: RayConfig, address: str | None, *, own: bool, **settings: Any) -> None:
+    import ray
+
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if own:
             ray.init(
                 address="local",
                 num_cpus=max(cores(), config.max_workers * _cpus_per_worker(config, own=True)),
-                include_dashboard=dashboard,
                 object_store_memory=_OBJECT_STORE_BYTES,
+                **settings,
                 **quiet,
             )
         else:
@@ -87,10 +101,27 @@ def connected(config: RayConfig, *, dashboard: bool = False) -> Iterator[Cluster
         )
         first = str(error).strip().splitlines()[0].rstrip(".")
         raise RaysemiError(f"Ray must {target}; got {type(error).__name__}: {first}. {advice}") from error
+
+
+@contextmanager
+def _dashboard(*, started: bool) -> Iterator[dict[str, Any]]:
+    """What `ray.init` is told of a dashboard, and its processes, which inherit the environment, of its address.
+
+    Where several clusters are alive on a machine, they would find none by themselves.
+    """
+    if not started:
+        yield {"include_dashboard": False}
+        return
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        port = int(one.getsockname()[1])
+    before = os.environ.get(_SERVER)
+    os.environ[_SERVER] = f"http://127.0.0.1:{port}"
     try:
-        yield Cluster(own, here=own or _single_node())
+        yield {"include_dashboard": True, "dashboard_port": port}
     finally:
-        ray.shutdown()
+        os.environ.pop(_SERVER)
+        if before is not None:
+            os.environ[_SERVER] = before
 
 
 @contextmanager

@@ -47,7 +47,7 @@ def test_the_password_stands_nowhere(tmp_path: Path, scenes: Path, postgres: Ser
     with opened(tmp_path, scenes, postgres.database("nowhere")) as study:
         search = searching(study)
         search.suggest("a")
-        search.on_trial_complete("a", result(6, 41.0, finished=True, result={"miou": 41.0}))
+        search.on_trial_complete("a", result(6, 41.0, finished=True))
         kept = str(study.optuna.user_attrs) + str(study.optuna.trials)
     folder = tmp_path / "sweep"
     write_report(folder)

@@ -132,6 +132,7 @@ def test_rows_are_a_grid_of_their_own(tmp_path: Path, scenes: Path) -> None:
         (["set.data.unlabeled=null"], "data.unlabeled must name a pool for method fixmatch"),
         (["methods=[supervised]", "weightings=[rank]"], "weightings and gradients must go with one of the methods"),
         (["resources.gpus=0.5", "resources.workers=2"], "gpus must be 0 or 1 with several workers"),
+        (["resources.workers=2"], "train.batch.labeled must give each rank at least 2 images"),
         (["storage=postgresql://me:word@host/db"], "must not hold a password"),
         (["storage=postgresql://me@host/db?password=word"], "must not hold a password"),
         (["storage=postgres://me:word@host/db"], "must not hold a password"),

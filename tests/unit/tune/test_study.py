@@ -28,11 +28,17 @@ Opened = Callable[..., Study]
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def opened(request: pytest.FixtureRequest, tmp_path: Path, scenes: Path) -> Iterator[Opened]:
+def storage(request: pytest.FixtureRequest) -> str:
+    """A sweep's `storage`, with nothing in it."""
+    if request.param == "sqlite":
+        return "sqlite"
+    url: str = request.getfixturevalue("postgres").database(f"study-{time.time_ns()}")
+    return url
+
+
+@pytest.fixture
+def opened(storage: str, tmp_path: Path, scenes: Path) -> Iterator[Opened]:
     """opened("a.b=value", ...) -> the study of a sweep, as each start of its driver opens it."""
-    storage = "sqlite"
-    if request.param == "postgresql":
-        storage = request.getfixturevalue("postgres").database(f"{tmp_path.name}-{time.time_ns()}")
 
     def open_study(*overrides: str) -> Study:
         config = sweep.load(write_sweep(tmp_path, scenes), [f"storage={storage}", *overrides])
@@ -69,7 +75,7 @@ def test_every_end_of_a_trial_has_its_state_and_reason(study: Study) -> None:
     for name in "abcdef":
         search.suggest(name)
     search.on_trial_result("a", result(2, 30.0))
-    search.on_trial_complete("a", result(6, 41.0, finished=True, result={"miou": 41.0}))
+    search.on_trial_complete("a", result(6, 41.0, finished=True))
     search.on_trial_complete("b", result(2, 20.0))  # stopped by the scheduler
     search.on_trial_complete("c", {"step": 0, "failed": "loss must be finite"})
     search.on_trial_complete("d", result(6, math.nan, finished=True))
@@ -80,7 +86,6 @@ def test_every_end_of_a_trial_has_its_state_and_reason(study: Study) -> None:
     first, stopped, own, endless, dead, late = study.history()
     assert first.curve == {2: 30.0, 6: 41.0}
     assert (first.miou, first.step, first.hours, first.first_step_s) == (41.0, 6, 0.25, 1.5)
-    assert first.result == {"miou": 41.0}
     assert first.seconds >= 0.0
     assert stopped.reason == "stopped at step 2"
     assert own.reason == "loss must be finite"
@@ -213,3 +218,13 @@ def test_reading_changes_nothing(opened: Opened, tmp_path: Path) -> None:
     assert trials[0].state == "running"
     with pytest.raises(ConfigError, match=r"without sweep\.yaml"):
         read(tmp_path / "none")
+
+
+def test_reading_before_the_first_driver_makes_no_tables(storage: str, tmp_path: Path, scenes: Path) -> None:
+    config = sweep.load(write_sweep(tmp_path, scenes), [f"storage={storage}"])
+    (tmp_path / "sweep.yaml").write_text(sweep.dump(config))
+    assert read(tmp_path) == (config, [], [])
+    assert not (tmp_path / "study.db").exists()
+    (tmp_path / "study.db").touch()  # as SQLite's driver begins
+    assert read(tmp_path) == (config, [], [])
+    assert (tmp_path / "study.db").stat().st_size == 0
