@@ -153,14 +153,17 @@ def options_of_script(script: Path, arguments: list[str]) -> None:
     if "argparse" not in script.read_text(encoding="utf-8"):
         assert not [word for word in arguments if word.startswith("-")], f"{script} has no options"
         return
-    original = argparse.ArgumentParser.parse_args
 
-    def read(self: argparse.ArgumentParser, *given: Any) -> None:
-        original(self, *given)
-        raise Read
+    def read_by(parse: Callable[..., object]) -> Callable[..., None]:
+        def read(self: argparse.ArgumentParser, *given: Any) -> None:
+            parse(self, *given)
+            raise Read
+
+        return read
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", read)
+        for name in ("parse_args", "parse_intermixed_args"):
+            patch.setattr(argparse.ArgumentParser, name, read_by(getattr(argparse.ArgumentParser, name)))
         patch.setattr(sys, "argv", [str(script), *arguments])
         patch.syspath_prepend(str(script.parent))
         with pytest.raises(Read):
