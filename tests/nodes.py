@@ -28,8 +28,6 @@ STARTED = "Ray runtime started"
 TRIES = 5
 """Ray gives a node 30 s to start, which nothing can change and a busy machine may not keep."""
 STORE_BYTES = 100 << 20
-WITHIN_S = 900.0
-"""The longest that one command may take, on a machine that does other things too."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,8 @@ class Command:
     process: subprocess.Popen[bytes]
     said: Path
     token: str
+    patience: float
+    """Seconds that it may take."""
 
     @property
     def text(self) -> str:
@@ -52,10 +52,10 @@ class Command:
         Raises:
             AssertionError: it ended, or it took too long.
         """
-        until = time.monotonic() + WITHIN_S
+        until = time.monotonic() + self.patience
         while not holds():
             assert self.process.poll() is None, f"{what} must come before the end\n{self}"
-            assert time.monotonic() < until, f"{what} must come within {WITHIN_S} s\n{self}"
+            assert time.monotonic() < until, f"{what} must come within {self.patience:g} s\n{self}"
             time.sleep(0.05)
 
     def end(self, code: int, *phrases: str) -> str:
@@ -64,7 +64,7 @@ class Command:
         Raises:
             AssertionError: another exit code, or it did not say this, or it told the token.
         """
-        found = self.process.wait(WITHIN_S)
+        found = self.process.wait(self.patience)
         assert found == code, f"exit code must be {code}; got {found}\n{self}"
         for phrase in phrases:
             assert phrase in self.text, f"it must say {phrase!r}\n{self}"
@@ -86,6 +86,8 @@ class Cluster:
     environment: dict[str, str]
     """Of those who have the token."""
     token: str
+    patience: float
+    """Seconds that one command may take."""
 
     def begin(self, checkout: Path, *words: str, token: bool = True) -> Command:
         """Begins a command in a checkout, whose code travels with a job."""
@@ -94,7 +96,7 @@ class Cluster:
         number, name = tempfile.mkstemp(prefix="said-", suffix=".txt", dir=self.folder)
         with os.fdopen(number, "w") as file:
             process = subprocess.Popen(words, cwd=checkout, env=environment, stdout=file, stderr=file)
-        return Command(words, process, Path(name), self.token)
+        return Command(words, process, Path(name), self.token, self.patience)
 
     def ask(self, path: str) -> Any:
         """What the dashboard answers."""
@@ -108,12 +110,13 @@ class Cluster:
 
 
 @contextmanager
-def cluster(workers: int, folder: Path) -> Iterator[Cluster]:
+def cluster(workers: int, folder: Path, patience: float) -> Iterator[Cluster]:
     """A head without CPUs for work, and as many nodes with one each.
 
     Args:
         workers: nodes beside the head.
         folder: new, with a short name: Ray's sockets lie below it.
+        patience: seconds that a command may take.
 
     Raises:
         AssertionError: a node did not start.
@@ -136,7 +139,7 @@ def cluster(workers: int, folder: Path) -> Iterator[Cluster]:
     try:
         port, dashboard = nodes.head()
         nodes.join(workers, port)
-        yield Cluster(f"http://127.0.0.1:{dashboard}", folder, environment, token.read_text())
+        yield Cluster(f"http://127.0.0.1:{dashboard}", folder, environment, token.read_text(), patience)
     finally:
         nodes.end()
         shutil.rmtree(folder, ignore_errors=True)
