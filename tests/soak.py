@@ -37,7 +37,7 @@ Victims = tuple[int, ...]
 WORLD = 2
 EVAL_EVERY, SAVE_EVERY = 6, 2
 SETTINGS = (
-    "method.threshold=0.2", "train.batch.labeled=4", "train.batch.unlabeled=4", "train.period=5",
+    "optim.name=adamw", "method.threshold=0.2", "train.batch.labeled=4", "train.batch.unlabeled=4", "train.period=5",
     f"train.checkpoint_every={SAVE_EVERY}", f"eval.every={EVAL_EVERY}", "eval.pictures=1",
 )  # fmt: skip
 """BatchNorm trains: its statistics are part of what must be the same."""

@@ -78,14 +78,17 @@ def locate(path: str) -> tuple[RunFolder, int | None]:
 def own_share(snapshot: Snapshot, rank: int = 0, world: int = 1) -> Snapshot:
     """A rank's share of a snapshot, copied to the host: training may go on and change what the snapshot shows.
 
-    Each tensor goes to the rank that has fewest bytes so far, which every rank reckons alike. A snapshot whose mappings
-    make a tensor when it is asked for (on all ranks, in the same order) is never held whole. From a CUDA device the
-    copies are queued behind the work under way, into pinned memory: synchronise with the device before they are read.
+    Each tensor goes to the rank that has fewest bytes so far, which every rank reckons alike: by name, since the ranks
+    need not have them in one order (safetensors hands out what it reads in an order that differs between processes, and
+    a state that was restored may keep it). A snapshot whose mappings make a tensor when it is asked for, on all ranks
+    in that order, is never held whole. From a CUDA device the copies are queued behind the work under way, into pinned
+    memory: synchronise with the device before they are read.
     """
     held = [0] * world
     share: dict[str, dict[str, Tensor]] = {}
     for group, tensors in snapshot.tensors.items():
-        for name, value in tensors.items():
+        for name in sorted(tensors):
+            value = tensors[name]
             owner = held.index(min(held))
             held[owner] += value.nbytes
             if owner == rank:

@@ -154,8 +154,8 @@ def test_shares_are_of_like_size_and_made_one_tensor_at_a_time():
     """As under ZeRO 3, where a whole tensor is gathered, on all ranks, when it is read."""
 
     class Gathered(dict):
-        def items(self):
-            yield from ((name, value.clone()) for name, value in super().items())
+        def __getitem__(self, name):
+            return super().__getitem__(name).clone()
 
     sizes = torch.linspace(10, 1000, 40).long().tolist()
     tensors = Gathered({str(number): torch.zeros(size) for number, size in enumerate(sizes)})
@@ -164,6 +164,19 @@ def test_shares_are_of_like_size_and_made_one_tensor_at_a_time():
     assert sum(held) == sum(sizes)
     assert max(held) - min(held) <= max(sizes)
     assert sorted(name for share in shares for name in share) == sorted(tensors)
+
+
+def test_no_tensor_is_lost_where_ranks_have_them_in_other_orders():
+    """As after a start from a checkpoint: what safetensors reads comes in an order of each process' own."""
+    sizes = {"exp_avg": 5, "exp_avg_sq": 7, "step": 1}
+    optimizer = {f"{name}/{key}": torch.zeros(size) for name in "abc" for key, size in sizes.items()}
+    teacher = {"mean": torch.zeros(3), "std": torch.zeros(3), "weight": torch.zeros(11)}
+    shares = []
+    for rank, turn in enumerate((list, reversed)):
+        tensors = {"optimizer": dict(turn(optimizer.items())), "teacher": dict(turn(teacher.items()))}
+        shares.append(checkpoint.own_share(Snapshot(1, tensors), rank, 2).tensors)
+    for group, whole in (("optimizer", optimizer), ("teacher", teacher)):
+        assert sorted([*shares[0][group], *shares[1][group]]) == sorted(whole)
 
 
 def test_a_folder_without_manifest_is_no_checkpoint(folder):
