@@ -18,7 +18,7 @@ def test_others_read_every_image_of_the_pool(pool, tmp_path, rival, processes, m
     with source(processes, 0) as batches:
         assert sum(batches) == 24
     images = torch.cat([batch[0] for batch in seen])
-    assert images.shape == (24, 3, 9, 9)
+    assert images.shape == (24, 9, 9, 3)
     assert images.dtype == torch.uint8
     labels = torch.cat([batch[2] for batch in seen])
     assert labels.shape == (24, 9, 9)
