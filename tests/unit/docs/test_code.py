@@ -41,7 +41,7 @@ def one(language: str, file: str) -> Block:
 def test_no_block_is_passed_over() -> None:
     """Each has a test here, or in `test_commands.py`."""
     known = {("python", "docs/guide.md"), ("python", "docs/methods.md"), ("json", "docs/observability.md")}
-    known |= {("yaml", "docs/presets.md"), ("yaml", "docs/sweeps.md")}
+    known |= {("yaml", "docs/presets.md"), ("yaml", "docs/sweeps.md"), ("yaml", "docs/results.md")}
     known |= {("text", file) for file in UNCHECKED}
     assert {(block.language, block.file) for block in blocks() if block.language} == known
     assert len([block for block in blocks() if block.language]) == len(known)
@@ -95,6 +95,15 @@ def test_the_sweep_is_accepted(reader: Path) -> None:
     space = checks.build(sweep.load("mine.yaml"))
     names = {parameter.name for parameter in space.parameters}  # fixmatch calls its strong_weight otherwise
     assert names == {"fixmatch.threshold", "derprop.strong_weight", "optim.lr", "weighting.k"}
+
+
+def test_the_measured_sweep_is_accepted(reader: Path) -> None:
+    (reader / "mine.yaml").write_text(one("yaml", "docs/results.md").text, encoding="utf-8")
+    space = checks.build(sweep.load("mine.yaml"))
+    own = {f"derprop.{name}" for name in ("strong_weight", "threshold.initial")}
+    assert {parameter.name for parameter in space.parameters} == own | {
+        "optim.lr", "fixmatch.unsupervised_weight", "fixmatch.threshold",
+    }  # fmt: skip
 
 
 def test_the_log_line_has_the_fields_of_a_real_one(
