@@ -33,6 +33,8 @@ _log = logging.getLogger(__name__)
 
 _SERVER = "RAY_API_SERVER_ADDRESS"
 """Where Ray's processes ask what is running, such as whether a controller of Ray Train is alive."""
+_TRIES = 3
+"""Ray gives its processes 30 s to start, which nothing can change and a busy machine may not keep."""
 _OBJECT_STORE_BYTES = 256 << 20
 """Nothing large travels through Ray here; its default, a third of the memory in /dev/shm, fails in small containers."""
 
@@ -80,27 +82,34 @@ def connected(config: RayConfig, *, dashboard: bool = False) -> Iterator[Cluster
 def _init(config: RayConfig, address: str | None, *, own: bool, **settings: Any) -> None:
     import ray
 
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    try:
-        if own:
-            ray.init(
-                address="local",
-                num_cpus=max(cores(), config.max_workers * _cpus_per_worker(config, own=True)),
-                object_store_memory=_OBJECT_STORE_BYTES,
-                **settings,
-                **quiet,
-            )
-        else:
-            ray.init(address=address, **quiet)
-    except Exception as error:  # a bare one, where its processes take longer than 30 s to start
-        target = "start on this machine" if own else f"answer at {address}"
-        advice = (
-            "Run `raysemi doctor`, or do without: train with ray=none, pack with --ray none, predict without --workers."
-            if own
-            else "Check the address (ray.address, --ray) and the token."
-        )
-        first = str(error).strip().splitlines()[0].rstrip(".")
-        raise RaysemiError(f"Ray must {target}; got {type(error).__name__}: {first}. {advice}") from error
+    how: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
+    if own:
+        how |= settings | {
+            "address": "local",
+            "num_cpus": max(cores(), config.max_workers * _cpus_per_worker(config, own=True)),
+            "object_store_memory": _OBJECT_STORE_BYTES,
+        }
+    for tries_left in reversed(range(_TRIES)):
+        try:
+            ray.init(**how)
+            return
+        except Exception as error:  # a bare one, where its processes take longer than 30 s to start
+            slow = own and "timed out during startup" in str(error)
+            # A dashboard's port may still be that of the processes that were too slow.
+            if slow and tries_left and not how["include_dashboard"]:
+                continue
+            raise _not_there(address, own, error) from error
+
+
+def _not_there(address: str | None, own: bool, error: Exception) -> RaysemiError:
+    target = "start on this machine" if own else f"answer at {address}"
+    advice = (
+        "Run `raysemi doctor`, or do without: train with ray=none, pack with --ray none, predict without --workers."
+        if own
+        else "Check the address (ray.address, --ray) and the token."
+    )
+    first = str(error).strip().splitlines()[0].rstrip(".")
+    return RaysemiError(f"Ray must {target}; got {type(error).__name__}: {first}. {advice}")
 
 
 @contextmanager
