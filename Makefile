@@ -14,8 +14,10 @@ $(BIN)/uv:
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade uv
 
+# Compiled once (half a minute): else each of the many processes of a run or a test compiles the 10 000 files it imports.
+unexport PYTHONDONTWRITEBYTECODE
 $(INSTALLED): requirements/all.txt pyproject.toml | $(BIN)/uv
-	$(UV) pip install --quiet --python $(BIN)/python --require-hashes -r requirements/all.txt
+	$(UV) pip install --quiet --python $(BIN)/python --compile-bytecode --require-hashes -r requirements/all.txt
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@touch $@
 
