@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
@@ -53,7 +54,7 @@ def examine(path: str | Path = ".", *, start_ray: bool = True) -> list[Finding]:
     ]
     if start_ray and findings[-1].state == "ok":
         findings.append(_ray_starts())
-    return [*findings, _deepspeed(), _cores(), _memory(), _shared_memory(), _disk(Path(path)), _open_files()]
+    return [*findings, _deepspeed(), _bytecode(), _cores(), _memory(), _shared_memory(), _disk(Path(path)), _open_files()]
 
 
 def as_json(findings: list[Finding]) -> dict[str, Any]:
@@ -106,6 +107,16 @@ def _ray_starts() -> Finding:
         return Finding("ray starts", "ok", f"yes, {float(done.stdout.split()[-1]):.0f} CPUs")
     last = (done.stderr.strip().splitlines() or ["no output"])[-1]
     return Finding("ray starts", "missing", last, "Train with ray=none; see the logs in /tmp/ray/session_latest/logs.")
+
+
+def _bytecode() -> Finding:
+    """Whether a process finds its imports compiled: each worker of a run imports some ten thousand files."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None or Path(importlib.util.cache_from_source(spec.origin)).is_file():
+        return Finding("bytecode", "ok", "compiled")
+    folder = Path(spec.origin).parents[1]
+    advice = f"Processes start in half the time after `python -m compileall -q -j 0 {folder}`."
+    return Finding("bytecode", "warning", "each process compiles what it imports", advice)
 
 
 def _cores() -> Finding:

@@ -2,10 +2,11 @@
 
     PYTHONPATH=tests python tests/cluster.py
 
-packs the drawn scenes, trains derprop with a worker on each node, stops that job, kills the next one's driver, sees the
-run continue to its end, evaluates, predicts a pool, sweeps; and sees what is refused. Jobs are sent both by `raysemi
-submit` and by `ray job submit --working-dir . -- python jobs/...`, from a copy of this checkout in which all that they
-write comes to lie. Ends at the first thing that is wrong, with exit code 1.
+packs the drawn scenes, trains derprop under ZeRO 2 with a worker on each node, stops that job, kills the next one's
+driver, sees the run continue to its end with the losses of one process, evaluates, predicts a pool, sweeps; and sees
+what is refused. Jobs are sent both by `raysemi submit` and by `ray job submit --working-dir . -- python jobs/...`, from
+a copy of this checkout in which all that they write comes to lie. Ends at the first thing that is wrong, with exit code
+1.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow.parquet as pq
 from makers import tiny_settings
 from nodes import Cluster, Command, cluster
 from sweeps import write_sweep
@@ -137,7 +139,20 @@ class Walk:
         self._raysemi(*self._training()).end(0, f"going on from step {begun_at}", "steps were lost")
         result = self._result()
         assert result["steps"] == self._size.steps == self._reached(), result
+        self._compare_with_one_process(begun_at)
         print(f"          from step {begun_at} to {self._size.steps}, mIoU {result['miou']:.2f} %")
+
+    def _compare_with_one_process(self, begun_at: int) -> None:
+        """Losses of the first steps, and of the first that the driver's death was followed by."""
+        alone = self._run.with_name("alone")
+        steps = begun_at + 4
+        words = [sys.executable, "-m", "raysemi", "train", *self._training(alone), "ray=none", f"train.stop_at={steps}"]
+        self._on.begin(self._checkout, *words).end(0)
+        one, two = (losses(folder) for folder in (alone, self._run))
+        for step in (*range(1, 5), *range(begun_at + 1, steps + 1)):  # rounding grows with the steps
+            largest = 1e-5 if step <= 4 else 1e-3
+            assert abs(one[step] - two[step]) < largest, f"step {step}: {two[step]}, of one process {one[step]}"
+        print(f"          losses of steps 1 to 4 and {begun_at + 1} to {steps} are those of one process")
 
     def _compare(self) -> None:
         from soak import differences
@@ -200,6 +215,9 @@ class Walk:
             f"train.steps={self._size.steps}",
             "train.batch.unlabeled=4",
             "train.checkpoint_every=2",
+            "train.strategy=deepspeed",
+            "train.zero.stage=2",
+            "model.batch_norm=frozen",
             "ray.num_workers=2",
             "ray.cpus_per_worker=1",
         ]
@@ -223,6 +241,12 @@ class Walk:
         """Train's workers that live."""
         actors = self._on.listed("actors")
         return [one for one in actors if one["class_name"] == "RayTrainWorker" and one["state"] == "ALIVE"]
+
+
+def losses(run: Path) -> dict[int, float]:
+    """The total loss by step."""
+    rows = pq.read_table(run / "metrics.parquet").to_pylist()
+    return {row["step"]: row["value"] for row in rows if row["name"] == "loss/total"}
 
 
 def job_id(command: Command) -> str:

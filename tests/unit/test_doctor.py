@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import shutil
+import sys
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import torch
 
 from raysemi import doctor
 
@@ -27,6 +30,7 @@ def test_this_machine_has_what_training_needs(tmp_path: Path) -> None:
         "devices",
         "ray",
         "deepspeed",
+        "bytecode",
         "cores",
         "memory",
         "shared memory",
@@ -75,3 +79,14 @@ def test_few_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
     finding = found()["open files"]
     assert (finding.state, finding.value) == ("warning", "256 (at most 10240)")
     assert "ulimit -n 10240" in finding.advice
+
+
+def test_imports_that_each_process_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "pycache_prefix", str(tmp_path))
+    finding = found()["bytecode"]
+    assert finding.state == "warning"
+    assert finding.advice.endswith(f" {Path(torch.__file__).parents[1]}`.")
+    compiled = Path(importlib.util.cache_from_source(torch.__file__))
+    compiled.parent.mkdir(parents=True)
+    compiled.touch()
+    assert found()["bytecode"].state == "ok"
