@@ -54,7 +54,16 @@ def examine(path: str | Path = ".", *, start_ray: bool = True) -> list[Finding]:
     ]
     if start_ray and findings[-1].state == "ok":
         findings.append(_ray_starts())
-    return [*findings, _deepspeed(), _bytecode(), _cores(), _memory(), _shared_memory(), _disk(Path(path)), _open_files()]
+    return [
+        *findings,
+        _deepspeed(),
+        _bytecode(),
+        _cores(),
+        _memory(),
+        _shared_memory(),
+        _disk(Path(path)),
+        _open_files(),
+    ]
 
 
 def as_json(findings: list[Finding]) -> dict[str, Any]:
