@@ -124,10 +124,8 @@ def test_trials_of_two_workers_finish_and_are_stopped_and_give_all_back(
     assert json.loads((tmp_path / "out" / "trials" / "0000" / "result.json").read_text())["steps"] == 12
 
 
-@pytest.mark.parametrize(("gpus", "at_once"), [(0.5, 2), (1.0, 1)])
-def test_a_gpu_holds_as_many_trials_as_it_is_parted_into(
-    tmp_path: Path, scenes: Path, gpus: float, at_once: int
-) -> None:
+def test_a_gpu_holds_as_many_trials_as_it_is_parted_into(tmp_path: Path, scenes: Path) -> None:
+    gpus, at_once = 0.5, 2
     pools = Path(shutil.copytree(scenes, tmp_path / "pools"))
     held: set[int] = set()
     most = 0
