@@ -3,7 +3,7 @@
 Run again it goes on. Nothing is pruned or repeated, and the recipes do not count as first trials: what differs is the
 search alone.
 
-    python tests/compare_searches.py derprop-lambdas --seeds 5 --trials 24 --out sweeps/searches \
+    python tests/compare_searches.py short-runs --seeds 3 --trials 24 --out sweeps/searches \
         set.data.pools=pools/scenes
 """
 
