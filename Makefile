@@ -25,8 +25,8 @@ demo: $(INSTALLED)  ## draw scenes, train supervised and derprop with 2 Ray work
 	$(BIN)/raysemi demo
 
 # In the order of the folders: files with few and long tests come first, not last on one core.
-test: $(INSTALLED)  ## on two cores, three at a time, since some only wait; `.venv/bin/pytest PATH` for one file
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=40 --durations-min=4
+test: $(INSTALLED)  ## on two cores; `.venv/bin/pytest PATH` for one file
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=40 --durations-min=4
 
 soak: $(INSTALLED)  ## a run that is killed 20 times, and one whose nodes leave and join, end as if nothing had been
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --points 20
