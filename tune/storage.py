@@ -19,6 +19,9 @@ _FILE = "study.db"
 _CONNECT_S = 15
 """For a server to answer, unless the URL says how long (`?connect_timeout=60`)."""
 
+_MAKES_TABLES = int.from_bytes(b"raysemi", "big")
+"""Name of a lock of the server; any number that nobody else takes."""
+
 
 def open_storage(sweep: SweepConfig, folder: Path) -> optuna.storages.RDBStorage:
     """The database, with the tables that it lacked; `close` ends its connections.
@@ -28,7 +31,7 @@ def open_storage(sweep: SweepConfig, folder: Path) -> optuna.storages.RDBStorage
         CheckpointError: its driver is missing.
     """
     url, settings = _where(sweep, folder)
-    with _at_work(sweep), warnings.catch_warnings():
+    with _at_work(sweep), _one_at_a_time(url, settings), warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return optuna.storages.RDBStorage(url, engine_kwargs=settings)
 
@@ -60,6 +63,22 @@ def _where(sweep: SweepConfig, folder: Path) -> tuple[str, dict[str, Any]]:
     url = sweep.storage.replace("postgresql://", "postgresql+psycopg://", 1)
     patience = {} if "connect_timeout=" in url else {"connect_timeout": _CONNECT_S}
     return url, {"connect_args": patience, "pool_pre_ping": True}
+
+
+@contextlib.contextmanager
+def _one_at_a_time(url: str, settings: dict[str, Any]) -> Iterator[None]:
+    """Sweeps that begin together on a new server: each looks for the tables and makes them, and Optuna's later one would
+    fail. A sweep's folder, and so its SQLite file, has one driver."""
+    if url.startswith("sqlite:"):
+        yield
+        return
+    engine = sqlalchemy.create_engine(url, **settings)
+    try:
+        with engine.connect() as connection:
+            connection.execute(sqlalchemy.select(sqlalchemy.func.pg_advisory_lock(_MAKES_TABLES)))
+            yield  # the lock goes with its connection
+    finally:
+        engine.dispose()
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from raysemi.engine.folder import RunFolder
 from raysemi.engine.measure_boxes import BoxCounts
 from raysemi.engine.record import Record
 from raysemi.errors import CheckpointError, ConfigError
+from raysemi.launch.alone import alone_in
 from raysemi.launch.restore import MAY_CHANGE, Trained, load_network, open_pool
 from raysemi.launch.stop import graceful_stop
 from raysemi.launch.worker import OnLog
@@ -49,11 +50,17 @@ def train_detector(config: DetectConfig, on_log: OnLog | None = None) -> dict[st
         `steps`, and of a finished run with `data.val` the fields of `check_boxes` on it.
 
     Raises:
-        ConfigError, DataError, CheckpointError: one line each, before a step is taken where possible.
+        ConfigError, DataError, CheckpointError: one line each, before a step is taken where possible; a ConfigError too
+            where another launch writes the run.
         KeyboardInterrupt: after Ctrl-C, with a checkpoint written.
     """
     folder = RunFolder(config.run)
     _refuse_another_run(config, folder)
+    with alone_in(config.run):
+        return _train(config, folder, on_log)
+
+
+def _train(config: DetectConfig, folder: RunFolder, on_log: OnLog | None) -> dict[str, Any]:
     labeled = open_pool(config.data.labeled, "data.labeled", masks=True, store=config.data.store)
     val = open_pool(config.data.val, "data.val", masks=True, store=config.data.store) if config.data.val else None
     if val is not None and val.classes != labeled.classes:

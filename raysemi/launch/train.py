@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from raysemi import config_io
 from raysemi.config import RayConfig, RunConfig, check_world, fitting_workers
 from raysemi.engine import distributed
 from raysemi.errors import CheckpointFailure, ConfigError, DataError, DataFailure, RaysemiError
+from raysemi.launch.alone import alone_in
 from raysemi.launch.board import Board, OnLog, ToBoard, post_fault, relay
 from raysemi.launch.cluster import Cluster, connected, ctrl_c_wins, refuse_relative_paths, worker_resources
 from raysemi.launch.logs import stand
@@ -46,7 +48,7 @@ def launch(config: RunConfig, on_log: OnLog | None = None) -> dict[str, Any]:
         The fields of `result.json`.
 
     Raises:
-        ConfigError, DataError, CheckpointError: as they were raised on the worker.
+        ConfigError, DataError, CheckpointError: as they were raised on the worker; another launch writes the run.
         RaysemiError: workers failed more often than `ray.max_failures` allows.
         KeyboardInterrupt: after Ctrl-C; the run folder holds the last checkpoint.
     """
@@ -60,11 +62,26 @@ def launch(config: RunConfig, on_log: OnLog | None = None) -> dict[str, Any]:
             refuse_another_run(config)
         if (result := finished(config)) is not None:
             return result
-        with ctrl_c_wins() as pressed:
+        with _alone(config), ctrl_c_wins() as pressed:
             return _on_ray(config, config.ray, on_log, pressed)
     from raysemi.launch.worker import run
 
-    return run(config, on_log)
+    with _alone(config):
+        return run(config, on_log)
+
+
+def _alone(config: RunConfig) -> AbstractContextManager[None]:
+    """Keeps other launches out of a run that this machine trains, and this process stands for.
+
+    Elsewhere the lock would be that of a node, which may vanish and, on a shared disk, keep it for minutes.
+    """
+    known = os.environ
+    if isinstance(config.ray, RayConfig):
+        elsewhere = config.ray.address is not None or "RAY_ADDRESS" in known
+    else:  # of torchrun's ranks the first, and not where they are spread over nodes
+        world = known.get("WORLD_SIZE")
+        elsewhere = known.get("RANK", "0") != "0" or known.get("LOCAL_WORLD_SIZE", world) != world
+    return contextlib.nullcontext() if elsewhere else alone_in(config.run)
 
 
 def _on_ray(config: RunConfig, settings: RayConfig, on_log: OnLog | None, pressed: threading.Event) -> dict[str, Any]:

@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from raysemi.errors import CheckpointFailure
 from raysemi.tune import checks, sweep
 from raysemi.tune.report import write_report
 from raysemi.tune.search import Search
-from raysemi.tune.storage import answering
+from raysemi.tune.storage import answering, close, is_made, open_storage
 from raysemi.tune.study import Study, read
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray's own code
@@ -109,6 +111,21 @@ def test_a_server_that_dies_ends_a_sweep_in_a_line_and_loses_no_trial(
     with opened(tmp_path, scenes, storage) as study:
         assert searching(study).suggest("b") == given
         assert study.history()[0].curve == {2: 33.0, 4: 35.0}
+
+
+def test_sweeps_that_begin_together_on_a_new_server_all_get_their_tables(
+    tmp_path: Path, scenes: Path, postgres: Server
+) -> None:
+    config = sweep.load(write_sweep(tmp_path, scenes), [f"storage={postgres.database('new')}"])
+    together = threading.Barrier(4)
+
+    def begin(number: int) -> bool:
+        together.wait()
+        close(open_storage(config, tmp_path / str(number)))
+        return is_made(config, tmp_path / str(number))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(begin, range(4)))
 
 
 DRIVER = """
