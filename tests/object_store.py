@@ -174,6 +174,7 @@ class Proxy:
 class _Handler(BaseHTTPRequestHandler):
     owner: Proxy
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or a content that is sent behind its headers waits 40 ms for their receipt
 
     def log_message(self, *_: object) -> None:
         return None

@@ -67,8 +67,10 @@ def _where(sweep: SweepConfig, folder: Path) -> tuple[str, dict[str, Any]]:
 
 @contextlib.contextmanager
 def _one_at_a_time(url: str, settings: dict[str, Any]) -> Iterator[None]:
-    """Sweeps that begin together on a new server: each looks for the tables and makes them, and Optuna's later one would
-    fail. A sweep's folder, and so its SQLite file, has one driver."""
+    """For sweeps that begin together on a new server: each would look for the tables and make them, the later in vain.
+
+    A sweep's folder, and so its SQLite file, has one driver.
+    """
     if url.startswith("sqlite:"):
         yield
         return

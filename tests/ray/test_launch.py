@@ -123,13 +123,13 @@ def test_a_corrupt_sample_ends_the_run_at_once_with_its_own_error(cluster: Path,
         shard.seek(row.image_offset)
         shard.write(bytes(row.image_bytes))
     with pytest.raises(DataError) as caught:
-        launch(on_ray(pools, tmp_path / "run", "train.steps=50"))
+        launch(on_ray(pools, tmp_path / "run", "train.steps=50", "ray.num_workers=1"))
     assert row.key in str(caught.value)
     assert row.shard in str(caught.value)
 
 
 def test_ctrl_c_ends_ray_and_says_how_to_go_on(scenes: Path, tmp_path: Path) -> None:
-    config = on_ray(scenes, tmp_path / "run", "train.steps=100000", "train.checkpoint_every=2")
+    config = on_ray(scenes, tmp_path / "run", "train.steps=100000", "train.checkpoint_every=2", "ray.num_workers=1")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(config_io.dump(config), encoding="utf-8")
     command = [sys.executable, "-m", "raysemi.cli", "train", str(recipe)]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -19,7 +21,8 @@ from raysemi.tune.study import read
 from raysemi.tune.winner import command, write_recipe
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
-TRIALS = 12
+TRIALS = 10
+DIVERGES = [1e29, 1e30]
 
 
 def environment() -> dict[str, str]:
@@ -34,9 +37,18 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 
 
 def ended(out: Path) -> int:
+    """Trials; asked of SQLite itself, because Optuna takes a tenth of a second each time."""
     if not (out / "study.db").is_file():
         return 0
-    return sum(trial.state in ("finished", "pruned", "failed") for trial in read(out)[1])
+    with contextlib.closing(sqlite3.connect(out / "study.db", timeout=60)) as database:
+        try:
+            return int(
+                *database.execute(
+                    "SELECT COUNT(*) FROM trials WHERE state IN ('COMPLETE', 'PRUNED', 'FAIL')"
+                ).fetchone()
+            )
+        except sqlite3.OperationalError:  # its tables are being made
+            return 0
 
 
 def wait(holds: Callable[[], bool], process: subprocess.Popen[str]) -> None:
@@ -51,24 +63,22 @@ def test_a_sweep_survives_its_driver_and_its_trials(tmp_path: Path, scenes: Path
     sweep = write_sweep(
         tmp_path,
         scenes,
-        # with 1e30 the second step's loss is no number any more
-        space={"optim.lr": {"choices": [0.003, 0.01, 0.03, 1e30]}},
+        # two of three, so that some are drawn: the second step's loss is no number any more
+        space={"optim.lr": {"choices": [0.01, *DIVERGES]}},
         search={"trials": TRIALS, "seed": 1},
         prune={"name": "asha", "grace": 2},
         set={"train.skip_limit": 1, "train.checkpoint_every": 1},
     )
     out = tmp_path / "out"
-    told: dict[int, dict[int, str]] = {}
-    for killed_after in (2, 5):
-        driver = start("tune", "run", sweep, "--out", out)
-        before = ended(out)
-        wait(lambda before=before, more=killed_after: ended(out) >= before + more, driver)
-        training = trial_processes(driver)
-        driver.send_signal(signal.SIGKILL)
-        driver.communicate()
-        assert training
-        assert psutil.wait_procs(training, timeout=30)[1] == []
-        told[killed_after] = {trial.number: trial.state for trial in read(out)[1]}
+    driver = start("tune", "run", sweep, "--out", out)
+    wait(lambda: ended(out) >= 3, driver)
+    training = trial_processes(driver)
+    driver.send_signal(signal.SIGKILL)
+    driver.communicate()
+    assert training
+    assert psutil.wait_procs(training, timeout=30)[1] == []
+    told = {trial.number: trial.state for trial in read(out)[1]}
+    assert "running" in told.values()
 
     driver = start("tune", "run", sweep, "--out", out)
     wait(lambda: bool(trial_processes(driver)), driver)
@@ -79,19 +89,19 @@ def test_a_sweep_survives_its_driver_and_its_trials(tmp_path: Path, scenes: Path
     _, trials, _ = read(out)
     assert [trial.number for trial in trials] == list(range(TRIALS))
     assert {trial.state for trial in trials} <= {"finished", "pruned", "failed"}
-    for states in told.values():  # what had ended stayed as it was
-        assert all(trials[number].state == state for number, state in states.items() if state != "running")
+    # what had ended stayed as it was
+    assert all(trials[number].state == state for number, state in told.items() if state != "running")
     assert {trial.draw.cell.method for trial in trials} == {"supervised", "fixmatch", "derprop"}
     failed = [trial for trial in trials if trial.state == "failed"]
     assert failed
-    assert all(trial.draw.settings["optim.lr"] == 1e30 for trial in failed), [trial.reason for trial in failed]
+    assert all(trial.draw.settings["optim.lr"] in DIVERGES for trial in failed), [trial.reason for trial in failed]
     assert all("finite" in (trial.reason or "") for trial in failed)
     assert (out / "report.html").is_file()
 
-    # the command of the winner gives its number again
+    # the command of the winner gives its number again, here without Ray
     recipe = write_recipe(out)
     words = command(recipe).split()
-    again = [*words[:-1], f"run={tmp_path / 'again'}"]
+    again = [*words[:-1], f"run={tmp_path / 'again'}", "ray=none"]
     done = start(*again[1:])
     said, _ = done.communicate(timeout=200)
     assert done.returncode == 0, said

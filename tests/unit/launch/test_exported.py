@@ -91,7 +91,7 @@ def test_a_file_of_another_kind_is_refused_in_one_line(tmp_path):
 CASES = {
     "lite0": (["model.channels=16"], None),
     "dpt": (["model.name=dpt", "model.encoder=vit_small_patch14_dinov2", "model.weights=random"], (60, 84)),
-    "resnet50": (["model.encoder=resnet50", "model.weights=random", "model.output_stride=8"], None),
+    "resnet26": (["model.encoder=resnet26", "model.weights=random", "model.output_stride=8"], None),
 }
 
 

@@ -222,7 +222,7 @@ def test_it_learns_a_few_images(name):
     method, student, teacher = build(name, SMALL.get(name, {}))
     batch, _ = colour_batch(max(1, method.strong_views))
     assert accuracy(student.eval(), batch.image_L3HW, batch.label_LHW) < 0.6
-    learn(method, student.train(), teacher, batch, "all", 120 if name == "u2pl" else 80)
+    learn(method, student.train(), teacher, batch, "all", 120 if name == "u2pl" else 60)
     assert accuracy(student, batch.image_L3HW, batch.label_LHW) > 0.95
 
 
