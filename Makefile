@@ -32,8 +32,9 @@ soak: $(INSTALLED)  ## a run that is killed 20 times, and one whose nodes leave 
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --points 20
 	RAYSEMI_SOAK=1 $(BIN)/python -m pytest tests/ray/test_nodes.py
 
+SIZE ?= --images 60 --steps 200 --twin
 cluster: $(INSTALLED)  ## all jobs on a cluster that this machine plays; a disturbed run ends with the bits of another
-	OMP_NUM_THREADS=1 $(BIN)/python tests/cluster.py --images 60 --steps 200 --twin
+	OMP_NUM_THREADS=1 $(BIN)/python tests/cluster.py $(SIZE)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -128,6 +128,7 @@ def cluster(workers: int, folder: Path, patience: float) -> Iterator[Cluster]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
         "HOME": str(folder / "home"),
         "OMP_NUM_THREADS": "1",
+        "PYTHONFAULTHANDLER": "1",  # a crash of the interpreter says where
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),

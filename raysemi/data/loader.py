@@ -223,25 +223,33 @@ class Stream:
                 generator=torch.Generator(),  # of its own: the loader else draws from the global one
             )
             batches = iter(loader)
-        while True:
-            try:
-                made = next(batches, None)
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                raise DataFailure(
-                    f"loader processes must stay alive; got: {error}. Free memory or shared memory (/dev/shm), or "
-                    f"lower data.loader_processes."
-                ) from error
-            if made is None:
-                return
-            batch, skipped = made
-            if isinstance(batch, Fault):
-                raise batch.error from batch.cause
-            self.skips.add(skipped)
-            if self._alone:
-                self.skips.check()
-            yield batch.pinned() if self.pinned else batch
+        try:
+            while True:
+                died = None
+                try:
+                    made = next(batches, None)
+                except RuntimeError as error:
+                    if "DataLoader worker" not in str(error):
+                        raise
+                    died = str(error)
+                if died is not None:  # not from that error, whose frames hold the loader
+                    raise DataFailure(
+                        f"loader processes must stay alive; got: {died}. Free memory or shared memory (/dev/shm), or "
+                        "lower data.loader_processes."
+                    )
+                if made is None:
+                    return
+                batch, skipped = made
+                if isinstance(batch, Fault):
+                    raise batch.error from batch.cause
+                self.skips.add(skipped)
+                if self._alone:
+                    self.skips.check()
+                yield batch.pinned() if self.pinned else batch
+        finally:
+            # Now: as part of an error's frames it would wait for Python's collector, which ends its queues before its
+            # processes, so that each takes 5 s to notice.
+            del batches
 
     @property
     def corrupt(self) -> int:

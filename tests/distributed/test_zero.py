@@ -5,6 +5,7 @@ One process group for each number of ranks runs all its cases; each is compared 
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import math
 from dataclasses import astuple, dataclass, replace
@@ -378,6 +379,7 @@ def slipped(engine: Any) -> list[str]:
 
 def rank(number: int, world: int, pools: Path, folder: Path) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # ZeRO 3 collects for each engine, and need not look at all that was imported
     store = f"file://{folder / f'store-{world}'}"
     if world > 1:  # else the strategy makes its own
         torch.distributed.init_process_group("gloo", store, rank=number, world_size=world)

@@ -1,4 +1,7 @@
 import dataclasses
+import multiprocessing
+import os
+import signal
 
 import numpy as np
 import pyarrow as pa
@@ -229,6 +232,7 @@ def test_a_corrupt_sample_stops_the_run_with_its_own_words(tmp_path, make_pool, 
     broken = {**pools, "unlabeled": make_pool(tmp_path / "b", 13, masks=False, change=change)}
     with pytest.raises(DataError) as caught:
         list(stream(broken, loader_processes=processes))
+    assert multiprocessing.active_children() == []  # they do not live on in the error's frames
     text = str(caught.value)
     assert "key city/003: image must be a readable" in text
     assert "Traceback" not in text
@@ -287,12 +291,15 @@ def test_remote_pools_are_not_forked(tmp_path, pools):
 
 
 def test_a_dead_loader_process_is_explained(pools, monkeypatch):
-    import os
-    import signal
+    make = steps.Steps._batch
 
-    monkeypatch.setattr(steps.Steps, "_batch", lambda self, step, skipped: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(DataFailure, match=r"loader processes must stay alive.*data\.loader_processes"):
-        list(stream(pools, loader_processes=1))
+    def dies_at_two(self, step, skipped):
+        return os.kill(os.getpid(), signal.SIGKILL) if step == 2 else make(self, step, skipped)
+
+    monkeypatch.setattr(steps.Steps, "_batch", dies_at_two)
+    with pytest.raises(DataFailure, match=r"loader processes must stay alive.*data\.loader_processes") as caught:
+        list(stream(pools, 0, 20, loader_processes=2))
+    assert multiprocessing.active_children() == [], caught
 
 
 @pytest.mark.parametrize("processes", [0, 1])
