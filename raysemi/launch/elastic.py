@@ -76,6 +76,9 @@ class FittingSizes(ElasticScalingPolicy):
         """Asks the workers to save and end where there is room for another number."""
         decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
         if isinstance(decision, ResizeDecision):
+            more = decision.num_workers - worker_group_state.num_workers
+            if more > 0 and not self._is_there(more):
+                return NoopDecision()
             workers = "a worker" if decision.num_workers == 1 else f"{decision.num_workers} workers"
             self._board.ask.remote(f"there is room for {workers}")
             return NoopDecision()

@@ -136,6 +136,9 @@ def test_only_numbers_that_fit_count_and_running_workers_are_asked(monkeypatch: 
         return policy.make_decision_for_running_worker_group(state, None)
 
     assert isinstance(running(4), NoopDecision)
+    with monkeypatch.context() as vanished:
+        vanished.setattr(policy, "_is_there", (1).__ge__)
+        assert isinstance(running(2), NoopDecision)
     assert asked == []
     assert isinstance(running(2), NoopDecision)  # Ray would have killed them
     assert asked == ["there is room for 4 workers"]
