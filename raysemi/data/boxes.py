@@ -28,8 +28,9 @@ from torch import Tensor
 from raysemi.bounded import parse_json
 from raysemi.data.joined import AnyPool, JoinedPool
 from raysemi.data.limits import plain_keys, read_table
-from raysemi.data.pool import Pool, write_whole
+from raysemi.data.pool import Pool
 from raysemi.data.views import Geometry
+from raysemi.data.write_pool import write_whole
 from raysemi.errors import DataError
 
 SCHEMA = pa.schema(

@@ -40,12 +40,12 @@ from raysemi.data.pool import (
     file_sha256,
     is_plain,
     locate,
-    write_index_groups,
 )
 from raysemi.data.rows import INDEX_SCHEMA, ROWS_A_GROUP
 from raysemi.data.shard import check_image, check_mask, members
 from raysemi.data.sources import default_palette
 from raysemi.data.workers import Runner, run_tasks
+from raysemi.data.write_pool import write_index_groups
 from raysemi.errors import DataError
 
 _SIDE_SUFFIXES = ("json", "txt", "cls", CONFIDENCE_SUFFIX)

@@ -10,8 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ from pyarrow import fs
 from raysemi.bounded import parse_json
 from raysemi.data.kept import open_kept
 from raysemi.data.limits import LARGEST_POOL_FILE
-from raysemi.data.rows import INDEX_SCHEMA, Rows, whole_shards, write_rows
+from raysemi.data.rows import Rows
 from raysemi.data.store import NOT_THERE, StoreConfig, open_store, unreadable
 from raysemi.errors import DataError
 
@@ -325,99 +324,6 @@ def check_shard_name(name: str, where: str) -> None:
     """
     if not _PLAIN_SHARD.fullmatch(name):
         raise DataError(f"shard must be a .tar file inside the pool {where}; got {name!r}. Do not use this pool.")
-
-
-def write_index(
-    filesystem: fs.FileSystem,
-    folder: str,
-    *,
-    rows: Iterable[Mapping[str, Any]],
-    shards: Sequence[Shard],
-    classes: Sequence[str],
-    palette: Sequence[tuple[int, int, int]],
-    made: Mapping[str, Any] | None = None,
-) -> None:
-    """Write `index.parquet`, then `pool.json`; a folder without the latter is not a pool yet.
-
-    Args:
-        filesystem, folder: where the shards lie already.
-        rows: one mapping a sample with the fields of `INDEX_SCHEMA`, in the order of the shards; a row group of them is
-            held at a time.
-        shards: all shards in order; looked at after the rows.
-        classes: class names, position = value in the masks.
-        palette: RGB of each class.
-        made: how the pool was made, for people.
-
-    Raises:
-        DataError: no room or no permission; the cause is the system's error.
-    """
-    write_index_groups(
-        filesystem,
-        folder,
-        groups=(pa.Table.from_pylist(group, schema=INDEX_SCHEMA) for group in whole_shards(rows)),
-        shards=shards,
-        classes=classes,
-        palette=palette,
-        made=made,
-    )
-
-
-def write_index_groups(
-    filesystem: fs.FileSystem,
-    folder: str,
-    *,
-    groups: Iterable[pa.Table],
-    shards: Sequence[Shard],
-    classes: Sequence[str],
-    palette: Sequence[tuple[int, int, int]],
-    made: Mapping[str, Any] | None = None,
-) -> None:
-    """As `write_index`, from tables of `INDEX_SCHEMA`, a row group each (`rows.whole_shards`)."""
-    with whole_file(filesystem, f"{folder}/{INDEX_FILE}") as stream:
-        index = write_rows(stream, groups)
-    content = {
-        "format": FORMAT_VERSION,
-        "classes": list(classes),
-        "palette": [list(colour) for colour in palette],
-        "samples": index.samples,
-        "masks": index.masks,
-        "shards": [shard._asdict() for shard in shards],
-        "index_sha256": index.sha256,
-        "index_footer_sha256": index.footer_sha256,
-        "made": dict(made or {}),
-    }
-    write_whole(filesystem, f"{folder}/{POOL_FILE}", json.dumps(content, indent=1, ensure_ascii=False).encode())
-
-
-def write_whole(filesystem: fs.FileSystem, name: str, content: bytes | pa.Buffer) -> None:
-    """A file that is whole or not there.
-
-    Raises:
-        DataError: no room or no permission; the cause is the system's error.
-    """
-    with whole_file(filesystem, name) as stream:
-        stream.write(content)
-
-
-@contextmanager
-def whole_file(filesystem: fs.FileSystem, name: str) -> Iterator[pa.NativeFile]:
-    """A stream into a file that is whole or not there. Raises as `write_whole`."""
-    # object stores show a file only when it is complete; elsewhere a rename does that
-    beside = f"{name}.part" if isinstance(filesystem, fs.LocalFileSystem) else name
-    try:
-        with filesystem.open_output_stream(beside) as stream:
-            yield stream
-        if beside != name:
-            filesystem.move(beside, name)
-    except BaseException as error:
-        if beside != name:
-            with suppress(OSError):
-                Path(beside).unlink(missing_ok=True)
-        if not isinstance(error, OSError):
-            raise
-        raise DataError(
-            f"{name} must be writable; got {error}. Free space or get leave to write, run it again."
-        ) from error
 
 
 def file_sha256(file: pa.NativeFile) -> tuple[int, str]:

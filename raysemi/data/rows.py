@@ -1,4 +1,4 @@
-"""The rows of a pool, `index.parquet`, written and read by row groups: no process has to hold all of them.
+"""The rows of a pool, `index.parquet`, read by row groups: no process has to hold all of them. `write_pool` writes it.
 
 A row group holds whole shards, up to `ROWS_A_GROUP` rows; a larger shard takes several. To look a row up, its group is
 read in one request; of it the rows of the same shard stay in a cache of a fixed size, in runs of `ROWS_A_RUN`. An order
@@ -10,15 +10,12 @@ the pool, or has other rows, is told without reading them. Each page has a check
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import groupby, islice
-from operator import itemgetter
+from collections.abc import Callable, Iterator, Sequence
 from threading import Lock
-from typing import IO, Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -48,6 +45,8 @@ INDEX_SCHEMA = pa.schema(
 ROWS_A_GROUP = 1 << 15
 """Rows of a group at most. Fewer make a footer that is slow to read, more make each group so: see docs/data.md."""
 ROWS_A_RUN = 256
+GROUP_ENDS = "group_ends"
+"""In the footer: where the first group begins and each one ends. Asked for it, pyarrow aborts over some footers."""
 CACHE_BYTES = 40 << 20
 """Rows that a pool keeps in a process."""
 
@@ -56,91 +55,9 @@ _CHECKSUMS = ("image_crc32", "mask_crc32")
 _PLACES = ("image_offset", "image_bytes", "mask_offset", "mask_bytes", "height", "width", *_CHECKSUMS)
 _NEVER_EMPTY = ("key", "shard", "image_offset", "image_bytes", "height", "width")
 _LARGEST_GROUP = 1 << 16  # rows; of earlier versions too
-_ENDS = "group_ends"  # where the first group begins and each ends: asked for it, pyarrow aborts over some footers
 _FOOTER_GUESS = 1 << 16  # bytes at the end that are read at once: the whole footer of a small pool
 _MAGIC = b"PAR1"
-_FORMAT = {
-    "compression": "zstd",
-    "write_statistics": False,  # of no use in sorted offsets and random sizes, and a third of the footer
-    "write_page_checksum": True,
-    "use_dictionary": ["shard", "height", "width"],
-    "column_encoding": dict.fromkeys(_PLACES[:4], "DELTA_BINARY_PACKED"),
-}
 _BROKEN = (OSError, pa.ArrowException, KeyError, ValueError, OverflowError)
-
-
-class Written(NamedTuple):
-    """What `pool.json` says of an index."""
-
-    samples: int
-    masks: int
-    sha256: str
-    """Of the whole file."""
-    footer_sha256: str
-    """Of what follows the last row group."""
-
-
-def whole_shards(rows: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
-    """Rows in the order of their shards, a list a row group."""
-    group: list[Mapping[str, Any]] = []
-    for _, of_shard in groupby(rows, key=itemgetter("shard")):
-        while part := list(islice(of_shard, ROWS_A_GROUP)):
-            if group and len(group) + len(part) > ROWS_A_GROUP:
-                yield group
-                group = []
-            group += part
-    if group:
-        yield group
-
-
-def write_rows(stream: IO[bytes], groups: Iterable[pa.Table]) -> Written:
-    """Write an index.
-
-    Args:
-        stream: where to; it stays open.
-        groups: tables of `INDEX_SCHEMA`, each of whole shards (`whole_shards`), in order.
-    """
-    sink = _Sink(stream)
-    samples = masks = 0
-    with pq.ParquetWriter(sink, INDEX_SCHEMA, **_FORMAT) as writer:
-        ends = [sink.tell()]
-        for group in groups:
-            writer.write_table(group, row_group_size=max(group.num_rows, 1))
-            ends.append(sink.tell())
-            samples += group.num_rows
-            masks += group.num_rows - group.column("mask_offset").null_count
-        writer.add_key_value_metadata({"rows_sha256": sink.whole.hexdigest(), _ENDS: json.dumps(ends)})
-        sink.footer = hashlib.sha256()
-    return Written(samples, masks, sink.whole.hexdigest(), sink.footer.hexdigest())
-
-
-class _Sink:
-    """A stream that names what goes through it."""
-
-    closed = False
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = stream
-        self._at = 0
-        self.whole = hashlib.sha256()
-        self.footer: Any = None
-
-    def write(self, data: bytes) -> int:
-        self._stream.write(data)
-        self.whole.update(data)
-        if self.footer is not None:
-            self.footer.update(data)
-        self._at += len(data)
-        return len(data)
-
-    def tell(self) -> int:
-        return self._at
-
-    def flush(self) -> None:
-        pass
-
-    def close(self) -> None:
-        self.closed = True
 
 
 class _Window:
@@ -407,7 +324,7 @@ def _numbers(column: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
 
 def _group_ends(metadata: pq.FileMetaData, size: int) -> list[int] | None:
     """Where the first group begins and each one ends; None in indexes of earlier versions."""
-    text = (metadata.metadata or {}).get(_ENDS.encode())
+    text = (metadata.metadata or {}).get(GROUP_ENDS.encode())
     if text is None:
         return None
     ends = parse_json(text)

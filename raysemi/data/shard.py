@@ -27,10 +27,11 @@ from PIL import Image
 from raysemi.data.encoded import FORMATS, ends_early
 from raysemi.data.limits import LARGEST_PIXELS
 from raysemi.data.paths import AnyPath, StorePath, draft, remove_folder, store_config
-from raysemi.data.pool import IMAGE_SUFFIXES, MASK_SUFFIX, NOT_ANNOTATED, Shard, file_sha256, locate, write_index
+from raysemi.data.pool import IMAGE_SUFFIXES, MASK_SUFFIX, NOT_ANNOTATED, Shard, file_sha256, locate
 from raysemi.data.sources import Item, Palette, Samples
 from raysemi.data.store import unreadable
 from raysemi.data.workers import read_ahead
+from raysemi.data.write_pool import write_index
 from raysemi.errors import DataError, DataFailure
 
 PARTS = ".parts"

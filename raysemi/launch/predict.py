@@ -21,8 +21,9 @@ from pyarrow import fs
 from raysemi import errors
 from raysemi.config import RayConfig, RunConfig
 from raysemi.data.choose import raise_faults
-from raysemi.data.pool import FORMAT_VERSION, POOL_FILE, Pool, write_whole
+from raysemi.data.pool import FORMAT_VERSION, POOL_FILE, Pool
 from raysemi.data.shard import PARTS, ShardDone, ShardPlan, finish_pool
+from raysemi.data.write_pool import write_whole
 from raysemi.engine import distributed
 from raysemi.engine.predict_shards import ShardPredictor
 from raysemi.engine.trainer import resolve_precision

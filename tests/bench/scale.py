@@ -25,8 +25,9 @@ import pyarrow.compute as pc
 from pyarrow import fs
 
 from raysemi.data.order import Order
-from raysemi.data.pool import Pool, Shard, write_index_groups
+from raysemi.data.pool import Pool, Shard
 from raysemi.data.rows import INDEX_SCHEMA, ROWS_A_GROUP
+from raysemi.data.write_pool import write_index_groups
 
 BATCH, STEP, MORE = 64, 1_000_000, 200
 

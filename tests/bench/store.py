@@ -16,8 +16,10 @@ from object_store import CREDENTIALS, Proxy, client, moto_server
 
 from raysemi.data.ahead import Ahead
 from raysemi.data.order import Order
-from raysemi.data.pool import INDEX_SCHEMA, Pool, Shard, write_index
+from raysemi.data.pool import Pool, Shard
+from raysemi.data.rows import INDEX_SCHEMA
 from raysemi.data.store import StoreConfig
+from raysemi.data.write_pool import write_index
 
 SPACE, ROWS, SHARDS, BATCH, STEPS = 8192, 512, 64, 16, 400
 

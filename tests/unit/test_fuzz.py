@@ -29,8 +29,9 @@ from pyarrow import fs
 from raysemi import config_io
 from raysemi.data.boxes import SCHEMA, open_boxes, write_boxes
 from raysemi.data.index import scan_shard
-from raysemi.data.pool import INDEX_SCHEMA, Pool
+from raysemi.data.pool import Pool
 from raysemi.data.reader import Reader
+from raysemi.data.rows import INDEX_SCHEMA
 from raysemi.data.sources.folder import read_class_map
 from raysemi.errors import CheckpointError, ConfigError, DataError
 from raysemi.report.runs import read_run

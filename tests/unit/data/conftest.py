@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 from pyarrow import fs
 
-from raysemi.data.pool import Pool, Shard, write_index
+from raysemi.data.pool import Pool, Shard
+from raysemi.data.write_pool import write_index
 
 
 def jpeg(seed: int, height: int, width: int) -> bytes:

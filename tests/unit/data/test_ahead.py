@@ -16,9 +16,10 @@ from raysemi.data.ahead import Ahead, cache_faults
 from raysemi.data.joined import JoinedPool
 from raysemi.data.loader import DataConfig, Stream
 from raysemi.data.order import FEWEST_LANES, Order
-from raysemi.data.pool import Pool, Shard, write_index
+from raysemi.data.pool import Pool, Shard
 from raysemi.data.reader import Reader
 from raysemi.data.store import StoreConfig
+from raysemi.data.write_pool import write_index
 from raysemi.errors import DataError, DataFailure
 
 SPACE, BYTES, SHARD_ROWS, SHARDS = 512, 200, 4096, 10  # of the large pool: bytes from sample to sample, of an image

@@ -27,9 +27,10 @@ from pyarrow import fs
 from raysemi.data.index import index_shards
 from raysemi.data.loader import DataConfig, Stream
 from raysemi.data.pack import pack
-from raysemi.data.pool import Pool, write_index
+from raysemi.data.pool import Pool
 from raysemi.data.sources import open_source
 from raysemi.data.verify import verify
+from raysemi.data.write_pool import write_index
 from raysemi.engine.evaluate import EvalConfig, evaluate
 from raysemi.errors import DataError
 from raysemi.launch.restore import open_pool

@@ -14,8 +14,9 @@ from PIL import Image
 from raysemi.data import index
 from raysemi.data.index import index_shards
 from raysemi.data.pool import Pool
-from raysemi.data.rows import INDEX_SCHEMA, whole_shards
+from raysemi.data.rows import INDEX_SCHEMA
 from raysemi.data.verify import verify
+from raysemi.data.write_pool import whole_shards
 from raysemi.errors import DataError
 
 
@@ -128,7 +129,7 @@ def test_no_shards_compressed_shards_and_packed_pools_are_refused(tmp_path):
 
 def test_row_groups_and_bytes_are_those_of_rows_that_are_all_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr("raysemi.data.index.ROWS_A_GROUP", 5)
-    monkeypatch.setattr("raysemi.data.rows.ROWS_A_GROUP", 5)
+    monkeypatch.setattr("raysemi.data.write_pool.ROWS_A_GROUP", 5)
     for shard, count in (("a", 2), ("b", 3), ("c", 1), ("d", 12), ("e", 2)):
         put_tar(tmp_path / f"{shard}.tar", [(f"{shard}{number}.png", encoded(IMAGE)) for number in range(count)])
     pool = index_shards(tmp_path, processes=1)

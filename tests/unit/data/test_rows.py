@@ -17,8 +17,9 @@ import pytest
 from pyarrow import fs
 
 from raysemi.data.order import LARGEST_BLOCK, Order
-from raysemi.data.pool import Pool, Shard, write_index, write_index_groups
-from raysemi.data.rows import CACHE_BYTES, INDEX_SCHEMA, ROWS_A_GROUP, ROWS_A_RUN, Rows, whole_shards
+from raysemi.data.pool import Pool, Shard
+from raysemi.data.rows import CACHE_BYTES, INDEX_SCHEMA, ROWS_A_GROUP, ROWS_A_RUN, Rows
+from raysemi.data.write_pool import whole_shards, write_index, write_index_groups
 from raysemi.errors import DataError
 
 SHARDS = [*[3001] * 60, 7, 0, ROWS_A_GROUP + 900, 1]  # 214 thousand rows; one shard needs two groups
@@ -284,7 +285,7 @@ def test_an_index_of_before_opens(large, tmp_path):
 
 
 def test_groups_hold_whole_shards(monkeypatch):
-    monkeypatch.setattr("raysemi.data.rows.ROWS_A_GROUP", 10)
+    monkeypatch.setattr("raysemi.data.write_pool.ROWS_A_GROUP", 10)
     counts = [4, 6, 1, 23, 3, 8, 8]
     rows = [{"shard": f"{number}.tar", "i": i} for number, count in enumerate(counts) for i in range(count)]
     groups = list(whole_shards(iter(rows)))
