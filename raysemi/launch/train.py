@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import secrets
+import sys
 import tempfile
 import threading
 import time
@@ -73,14 +74,16 @@ def launch(config: RunConfig, on_log: OnLog | None = None) -> dict[str, Any]:
 def _alone(config: RunConfig) -> AbstractContextManager[None]:
     """Keeps other launches out of a run that this machine trains, and this process stands for.
 
-    Elsewhere the lock would be that of a node, which may vanish and, on a shared disk, keep it for minutes.
+    Elsewhere, as in a sweep's trial, the lock would be that of a node, which may vanish and, on a shared disk, keep it
+    for minutes.
     """
     known = os.environ
+    elsewhere = "ray" in sys.modules and sys.modules["ray"].is_initialized()
     if isinstance(config.ray, RayConfig):
-        elsewhere = config.ray.address is not None or "RAY_ADDRESS" in known
+        elsewhere |= config.ray.address is not None or "RAY_ADDRESS" in known
     else:  # of torchrun's ranks the first, and not where they are spread over nodes
         world = known.get("WORLD_SIZE")
-        elsewhere = known.get("RANK", "0") != "0" or known.get("LOCAL_WORLD_SIZE", world) != world
+        elsewhere |= known.get("RANK", "0") != "0" or known.get("LOCAL_WORLD_SIZE", world) != world
     return contextlib.nullcontext() if elsewhere else alone_in(config.run)
 
 

@@ -62,6 +62,17 @@ def test_a_second_launch_is_refused_and_changes_nothing(
     assert launch(config)["steps"] == 1
 
 
+def test_where_ray_runs_already_nothing_is_held(
+    scenes: Path, tmp_path: Path, other: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial begins again on another node when its own has vanished, with the lock."""
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    assert launch(tiny_run(scenes, tmp_path / "run", "supervised", "train.steps=1"))["steps"] == 1
+    assert other.poll() is None
+
+
 def test_a_launch_waits_for_one_that_is_about_to_end(
     tmp_path: Path, other: subprocess.Popen[str], caplog: pytest.LogCaptureFixture
 ) -> None:
