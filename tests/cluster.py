@@ -168,6 +168,7 @@ class Walk:
         again = self._ray("train", *self._training())
         evaluation = self._raysemi("--job", "evaluate", "--", str(self._run), "--json")
         over_there = self._raysemi("--job", "evaluate", "--", str(nowhere))
+        said_by_ray = self._ray("train", *self._training(), "train.stepz=7")
         here = self._raysemi(*self._training(), "train.stepz=7")
         again.end(0, f"step {self._size.steps} of {self._size.steps}: nothing left to do")
         lines = evaluation.end(0).splitlines()
@@ -175,6 +176,8 @@ class Walk:
         # two ranks measured it; one meets the images in other batches, whose last bits may differ
         assert abs(measured["miou"] - self._result()["miou"]) < 0.1, measured
         over_there.end(2, f"error: {nowhere} must be a run folder")
+        said_by_ray.end(1, "train.stepz must be")  # all that Ray's own command knows
+        assert self._on.ask(f"api/jobs/{job_id(said_by_ray)}")["driver_exit_code"] == 2
         assert "submitted:" not in here.end(2, "train.stepz must be")
 
     def _predict(self) -> None:

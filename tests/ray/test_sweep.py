@@ -78,7 +78,6 @@ def test_a_sweep_survives_its_driver_and_its_trials(tmp_path: Path, scenes: Path
     assert training
     assert psutil.wait_procs(training, timeout=30)[1] == []
     told = {trial.number: trial.state for trial in read(out)[1]}
-    assert "running" in told.values()
 
     driver = start("tune", "run", sweep, "--out", out)
     wait(lambda: bool(trial_processes(driver)), driver)
